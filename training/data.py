@@ -206,7 +206,7 @@ class Pictures:
         shift = uniform(-0.06, 0.06, n, 2)
         theta = torch.stack([cos * stretch * flip, -sin, shift[:, 0], sin * flip, cos / stretch, shift[:, 1]], 1)
         # Sampled at twice the size and averaged 2 x 2, which antialiases the bilinear lookup.
-        grid = F.affine_grid(theta.view(n, 2, 3), (n, 4, 2 * SIZE, 2 * SIZE), align_corners=False).to(self.device)
+        grid = F.affine_grid(theta.view(n, 2, 3).to(self.device), (n, 4, 2 * SIZE, 2 * SIZE), align_corners=False)
         warp = F.interpolate(uniform(-0.04, 0.04, n, 2, 4, 4).to(self.device), (2 * SIZE, 2 * SIZE), mode="bicubic")
         rgba = F.grid_sample(rgba, grid + warp.permute(0, 2, 3, 1), align_corners=False)
         rgba = F.avg_pool2d(rgba, 2)  # (B, 4, SIZE, SIZE)

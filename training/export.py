@@ -1,0 +1,76 @@
+"""Last stage: the trained parts as weights/tiny, a checkpoint folder in the diffusers layout, in float16.
+
+    python -m training.export
+"""
+
+import dataclasses
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from clip import CLIPTextConfig
+from scheduler import ScheduleConfig
+from training import unet as unet_stage
+from training import vae as vae_stage
+from training.common import RUNS
+from training.data import SIZE
+from training.text import TOKENIZER, text_config
+from weights import TINY
+
+VERSION = "0.42.1"  # of diffusers, whose layout this is and whose pipelines load it in the tests
+
+# What suits this checkpoint better than the general defaults, found on docs/ sheets.
+OPTIONS = {"guidance": 4.0, "k_max": 0.8, "k_min": 0.4, "nu": 0.8, "steps": 50}
+
+
+def write_json(path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_weights(path, state: dict[str, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def fields(config) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def main() -> None:
+    vocabulary = json.loads((TOKENIZER / "vocab.json").read_text())
+    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+    text: CLIPTextConfig = text_config(len(vocabulary))
+    vae = vae_stage.config(json.loads((RUNS / "vae" / "scaling_factor.json").read_text()))
+    levels = len(vae.block_out_channels)
+    write_json(TINY / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": VERSION, "requires_safety_checker": False,
+        "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })  # fmt: skip
+    write_json(TINY / "text_encoder" / "config.json", fields(text) | {
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "projection_dim": 128,
+        "bos_token_id": start, "eos_token_id": end, "pad_token_id": end, "torch_dtype": "float32",
+    })  # fmt: skip
+    write_json(TINY / "unet" / "config.json", fields(unet_stage.CONFIG) | {
+        "_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION})  # fmt: skip
+    write_json(TINY / "vae" / "config.json", fields(vae) | {
+        "_class_name": "AutoencoderKL", "_diffusers_version": VERSION, "sample_size": SIZE,
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels})  # fmt: skip
+    write_json(TINY / "scheduler" / "scheduler_config.json", fields(ScheduleConfig()) | {
+        "_class_name": "DDIMScheduler", "_diffusers_version": VERSION, "clip_sample": False,
+        "set_alpha_to_one": False, "timestep_spacing": "leading"})  # fmt: skip
+    write_json(TINY / "magicmix.json", OPTIONS)
+    shutil.copytree(TOKENIZER, TINY / "tokenizer", dirs_exist_ok=True)
+    write_weights(TINY / "text_encoder" / "model.safetensors", load_file(RUNS / "text" / "encoder.safetensors"))
+    for part in ("unet", "vae"):
+        write_weights(TINY / part / "diffusion_pytorch_model.safetensors", load_file(RUNS / part / "average.safetensors"))
+    print(f"{sum(f.stat().st_size for f in TINY.rglob('*') if f.is_file()) / 1e6:.2f} MB in {TINY}")
+
+
+if __name__ == "__main__":
+    main()
