@@ -4,7 +4,6 @@ Axes: B batch, C channels, H W height and width, N image tokens (N = H * W), L t
 Parameter names are those of the public diffusers files, so a checkpoint's keys are this module's keys.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -106,7 +105,9 @@ class Transformer2DModel(nn.Module):
     arithmetic, weights of another rank.
     """
 
-    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, groups: int, linear: bool, upcast: bool):
+    def __init__(
+        self, channels: int, context_dim: int, heads: int, depth: int, groups: int, linear: bool, upcast: bool
+    ):
         super().__init__()
         # eps 1e-6 here, unlike the UNet's resnets (1e-5): a fact of the public models.
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)

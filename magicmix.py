@@ -74,17 +74,17 @@ def token_weights(tokenizer, prompt: str, factors: dict[str, float]) -> Tensor:
     return s
 
 
-def denoiser(models: Checkpoint, schedule: Schedule, prompt: str, negative: str, guidance: float,
-             factors: dict[str, float], count: int, step: Callable) -> Callable:  # fmt: skip
+def denoiser(models: Checkpoint, schedule: Schedule, step: Callable, negative: str, guidance: float, count: int,
+             prompt: str, factors: dict[str, float]) -> Callable:  # fmt: skip
     """A function (x_k, k) -> (x_{k-1}, predicted x0): one sampler step under a prompt.
 
     Args:
         models, schedule: the checkpoint and the T noise levels.
-        prompt, negative: the condition, and what stands in for the empty prompt.
-        guidance: g of classifier-free guidance (Ho & Salimans 2022), any finite number; 1 is none.
-        factors: word -> s; they hold for the conditional half only.
-        count: B, the pictures in the batch.
         step: (x, output, k) -> (x_{k-1}, x0), a method of the schedule with its eta and noise.
+        negative: what stands in for the empty prompt.
+        guidance: g of classifier-free guidance (Ho & Salimans 2022), any finite number; 1 is none.
+        count: B, the pictures in the batch.
+        prompt, factors: the condition, and word -> s, which hold for the conditional half only.
     """
     context = encode_prompts(models, [negative, prompt]).repeat_interleave(count, dim=0)  # (2B, L, D)
     s = None
@@ -174,39 +174,38 @@ def magicmix(
 
     Raises ValueError for a value out of range, before any step.
     """
-    K_max, K_min = check(k_max=k_max, k_min=k_min, nu=nu, steps=steps, guidance=guidance, eta=eta, sampler=sampler,
-                         seeds=seeds, reweight=reweight or {})  # fmt: skip
-    factor = models.vae.config.factor
+    check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight or {})
+    if reweight:
+        token_weights(models.tokenizer, prompt, reweight)
+    factor, count = models.vae.config.factor, len(seeds)
     height, width = layout.shape[2:] if isinstance(layout, Tensor) else size or own_size(models)
     if height % factor or width % factor or min(height, width) < factor:
         raise ValueError(f"size {width}x{height} does not fit; both sides must be multiples of {factor}")
-    if reweight:
-        token_weights(models.tokenizer, prompt, reweight)
-    return _magicmix(models, prompt, layout, K_max, K_min, nu, steps, guidance, negative, reweight or {}, sampler, eta,
-                     list(seeds), height // factor, width // factor)  # fmt: skip
+    schedule = Schedule(models.schedule, steps)
+    noise = Noise(seeds, height // factor, width // factor, models.device)
+    K_max, K_min = in_steps(k_max, k_min, steps)
 
-
-@torch.no_grad()
-def _magicmix(models, prompt, layout, K_max, K_min, nu, T, guidance, negative, reweight, sampler, eta, seeds, h, w):
-    schedule, noise, count = Schedule(models.schedule, T), Noise(seeds, h, w, models.device), len(seeds)
-
-    def step(x: Tensor, output: Tensor, k: int):
+    def step(x: Tensor, output: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if sampler == "ddpm":
             return schedule.ddpm(x, output, k, noise())
         return schedule.ddim(x, output, k, eta, noise() if eta > 0 else None)
 
-    under = partial(denoiser, models, schedule, negative=negative, guidance=guidance, count=count, step=step)
-    eps = noise()
-    if isinstance(layout, Tensor):
-        x0 = encode(models, layout).expand(count, -1, -1, -1)
-        layout_at = partial(schedule.add_noise, x0, eps)
-    else:
-        states = {T: eps}
-        for state in trajectory(under(layout, factors={}), eps, T, K_min):
-            states[state.k] = state.x
-            yield state
-        layout_at = states.__getitem__
-    yield from mix(under(prompt, factors=reweight), layout_at, K_max, K_min, nu)
+    @torch.no_grad()
+    def run() -> Iterator[Step]:
+        under = partial(denoiser, models, schedule, step, negative, guidance, count)
+        eps = noise()
+        if isinstance(layout, Tensor):
+            x0 = encode(models, layout).expand(count, -1, -1, -1)
+            layout_at = partial(schedule.add_noise, x0, eps)
+        else:
+            states = {steps: eps}
+            for state in trajectory(under(layout, {}), eps, steps, K_min):
+                states[state.k] = state.x
+                yield state
+            layout_at = states.__getitem__
+        yield from mix(under(prompt, reweight or {}), layout_at, K_max, K_min, nu)
+
+    return run()
 
 
 def encode(models: Checkpoint, picture: Tensor) -> Tensor:
@@ -228,8 +227,13 @@ def own_size(models: Checkpoint) -> tuple[int, int]:
     return side, side
 
 
-def check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight) -> tuple[int, int]:
-    """K_max and K_min, in steps. Raises ValueError with the offending value and the range that would be right."""
+def in_steps(k_max: float, k_min: float, T: int) -> tuple[int, int]:
+    """Fractions of the steps -> K_max, K_min. Halves go to the even neighbour, as Python rounds."""
+    return round(k_max * T), round(k_min * T)
+
+
+def check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight) -> None:
+    """Raises ValueError with the first offending value and the range that would be right."""
     if not 1 <= steps <= 999:
         raise ValueError(f"steps {steps} is out of range; use 1 to 999")
     for name, value in (("k-max", k_max), ("k-min", k_min), ("nu", nu), ("eta", eta)):
@@ -249,7 +253,6 @@ def check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight) -> t
     for word, factor in reweight.items():
         if not math.isfinite(factor):
             raise ValueError(f"reweight {word}={factor} is not a finite number; -2 to 2 is the useful range")
-    return round(k_max * steps), round(k_min * steps)  # halves go to the even neighbour, as Python rounds
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -310,11 +313,14 @@ def read_metadata(path: Path) -> dict:
             text = file.info.get("magicmix")
         metadata = json.loads(text) if text else None
     except FileNotFoundError:
-        raise FileNotFoundError(f"picture {str(path)!r} does not exist; --again needs one that magicmix.py made") from None
+        raise FileNotFoundError(f"picture {str(path)!r} does not exist; --again needs a magicmix picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {str(path)!r} cannot be read: {error}") from None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("parameters"), dict):
-        raise ValueError(f"picture {str(path)!r} has no magicmix parameters; --again needs one that magicmix.py made")
+        raise ValueError(f"picture {str(path)!r} has no magicmix parameters; --again needs a picture that has")
+    for name, value in metadata["parameters"].items():
+        if not isinstance(value, PARAMETERS.get(name, ())):
+            raise ValueError(f"picture {str(path)!r} has a parameter that cannot be right: {name} = {value!r}")
     return metadata
 
 
@@ -331,13 +337,17 @@ def parse_factor(text: str) -> tuple[str, float]:
     """'WORD=S' -> (word, s)."""
     word, equals, factor = text.rpartition("=")
     try:
-        return (word.strip(), float(factor)) if equals and word.strip() else _fail()
+        s = float(factor)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be WORD=S, a word of the prompt and a number") from None
+        s = None
+    if not equals or not word.strip() or s is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be WORD=S, a word of the prompt and a number")
+    return word.strip(), s
 
 
-def _fail():
-    raise ValueError
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"magicmix: {message}\n")  # one line, without the usage
 
 
 # The general defaults; a checkpoint's magicmix.json may have better ones for itself.
@@ -348,9 +358,17 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+# What a picture's metadata may set, and as what: never where to write or where to compute.
+PARAMETERS = {
+    "prompt": str, "layout": str, "layout_prompt": str, "weights": str, "k_max": (int, float), "k_min": (int, float),
+    "nu": (int, float), "steps": int, "guidance": (int, float), "negative": str, "reweight": dict, "sampler": str,
+    "eta": (int, float), "seed": int, "size": list, "dtype": str,
+}  # fmt: skip
+
+
 def parse(argv: list[str]) -> dict:
     """The options that were given, by name; those that were not are absent."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="magicmix.py",
         description="Mixes the content of a prompt into the layout of a picture or of another prompt (MagicMix, "
         "arXiv 2210.16056). Denoising starts at step K_max from the layout's noise; down to K_min each latent is "
@@ -411,45 +429,44 @@ def run(given: dict) -> list[Path]:
     before = {}
     if "again" in given:
         before = read_metadata(Path(given["again"]))
-        given = {**before["parameters"], **given}
-        if {"layout", "layout_prompt"} <= given.keys():
-            raise ValueError("--layout or --layout-prompt contradicts the picture's own; make it new without --again")
+        given = before["parameters"] | given
     if "prompt" not in given:
         raise ValueError("the content prompt is missing; give it as the first argument")
     if ("layout" in given) == ("layout_prompt" in given):
         raise ValueError("give one of --layout IMAGE and --layout-prompt TEXT")
-    output = Path(given.get("output", DEFAULTS["output"]))
+    quiet, output = given.get("quiet", False), Path(given.get("output", DEFAULTS["output"]))
     if not output.parent.is_dir():
         raise ValueError(f"output folder {str(output.parent)!r} does not exist; make it first")
+    if before and not quiet:  # a path that comes from a file is shown before it is followed
+        print(*(f"{name}: {given[name]}" for name in ("layout", "weights") if name in given), sep="\n")
 
     device = choose_device(given.get("device", DEFAULTS["device"]))
     dtype = given.get("dtype") or ("fp32" if device.type == "cpu" else "fp16")
     models = weights.load(given.get("weights") or weights.TINY, device, DTYPES[dtype])
-    if before and before.get("checkpoint") != models.identity and "weights" not in given:
-        raise ValueError("the picture was made with another checkpoint; name it with --weights")
-    options = {**DEFAULTS, **models.defaults, **given, "dtype": dtype}
+    if before.get("checkpoint", models.identity) != models.identity:
+        raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
+    options = DEFAULTS | models.defaults | given
+    size = tuple(options["size"] or own_size(models))
     if "layout" in given:
-        size = tuple(options["size"] or own_size(models))
-        layout, digest = open_layout(Path(given["layout"]), size)
-        if before.get("layout_sha256", digest) != digest and "layout" in before["parameters"]:
-            raise ValueError(f"layout {given['layout']!r} is not the picture that was used; its contents have changed")
+        source, (layout, digest) = "layout", open_layout(Path(given["layout"]), size)
+        if before.get("layout_sha256", digest) != digest:
+            raise ValueError(f"layout {given['layout']!r} has changed; give the picture that was used with --layout")
     else:
-        layout, digest, size = given["layout_prompt"], None, tuple(options["size"] or own_size(models))
+        source, layout, digest = "layout_prompt", given["layout_prompt"], None
 
     seeds = list(range(options["seed"], options["seed"] + options["count"]))
     numbers = {name: options[name] for name in ("k_max", "k_min", "nu", "steps", "guidance", "negative", "reweight",
                                                 "sampler", "eta")}  # fmt: skip
-    steps = magicmix(models, given["prompt"], layout, seeds=seeds, size=size, **numbers)
-    K_max, K_min = round(options["k_max"] * options["steps"]), round(options["k_min"] * options["steps"])
-    last = follow(steps, K_max + (0 if "layout" in given else options["steps"] - K_min), options["quiet"])
-    x = last.x if last else encode(models, layout)  # K_max = 0: nothing to denoise, the layout itself
+    mixing = magicmix(models, given["prompt"], layout, seeds=seeds, size=size, **numbers)
+    K_max, K_min = in_steps(options["k_max"], options["k_min"], options["steps"])
+    last = follow(mixing, K_max + (options["steps"] - K_min if source == "layout_prompt" else 0), quiet)
+    x = last.x if last else encode(models, layout).expand(len(seeds), -1, -1, -1)  # K_max = 0: the layout itself
 
     paths = []
     for seed, picture in zip(seeds, decode(models, x), strict=True):
         path = output.with_name(f"{output.stem}-{seed}{output.suffix}") if len(seeds) > 1 else output
-        layout_key = "layout" if "layout" in given else "layout_prompt"
-        parameters = {"prompt": given["prompt"], layout_key: given[layout_key], **numbers, "seed": seed, "size": size,
-                      "dtype": dtype, **({"weights": given["weights"]} if "weights" in given else {})}  # fmt: skip
+        parameters = {"prompt": given["prompt"], source: given[source], **numbers, "seed": seed, "size": size,
+                      "dtype": dtype} | ({"weights": given["weights"]} if "weights" in given else {})  # fmt: skip
         metadata = {"parameters": parameters, "checkpoint": models.identity, "versions": versions()}
         save(picture, path, metadata | ({"layout_sha256": digest} if digest else {}))
         paths.append(path)
@@ -477,6 +494,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"magicmix: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # the shell's code for Ctrl-C
     return 0
 
 

@@ -6,7 +6,6 @@ attention, to_q .. to_out.0). Sources: Kingma & Welling 2013; Rombach et al. 202
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

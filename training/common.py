@@ -105,26 +105,29 @@ class Trainer:
         last = min(self.args.steps, self.args.stop_at or self.args.steps)
         saved = started = time.monotonic()
         before, warmup = self.seconds, min(500, self.args.steps // 20 + 1)
-        bar = tqdm(range(self.step, last), initial=self.step, total=self.args.steps, desc=self.folder.name, mininterval=5)
+        bar = tqdm(range(self.step, last), initial=self.step, total=self.args.steps, mininterval=5)
+        bar.set_description(self.folder.name)
         for self.step in bar:
             progress = self.step / self.args.steps
-            rate = self.args.rate * min((self.step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
             for group in self.optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = self.args.rate * min((self.step + 1) / warmup, cosine)
             loss, numbers = loss_of_step()
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.weights, 1.0)
             self.optimiser.step()
-            with torch.no_grad():  # a young average must not remember the random start
-                torch._foreach_lerp_(self.average, self.weights, 1 - min(self.decay, (self.step + 1) / (self.step + 10)))
+            decay = min(self.decay, (self.step + 1) / (self.step + 10))  # a young average forgets the random start
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.weights, 1 - decay)
             self.step += 1
             self.seconds = before + time.monotonic() - started
             if self.step % 100 == 0 or self.step == last:
-                numbers = {k: round(float(torch.as_tensor(v).detach()), 5) for k, v in {"loss": loss, **numbers}.items()}
+                numbers = {"loss": loss, **numbers}
                 if measure is not None and (self.step % 1000 == 0 or self.step == last):
                     with torch.no_grad():
-                        numbers |= {k: round(float(v), 5) for k, v in measure().items()}
+                        numbers |= measure()
+                numbers = {k: round(float(torch.as_tensor(v).detach()), 5) for k, v in numbers.items()}
                 with open(self.folder / "log.jsonl", "a") as log:
                     log.write(json.dumps({"step": self.step, "seconds": round(self.seconds), **numbers}) + "\n")
                 bar.set_postfix(numbers)

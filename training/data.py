@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -147,6 +148,11 @@ def main() -> None:
 # -------------------------------------------------------------------------------- augmented, captioned batches
 
 
+def held_out(row: dict) -> bool:
+    """One style of every concept is shown neither to the text encoder nor to the judge, which is measured on it."""
+    return row["use"] == "concept" and zlib.crc32(row["name"].encode()) % len(STYLES) == STYLES.index(row["style"])
+
+
 def caption(name: str, style: str, colour: str | None, background: str | None, rng: random.Random) -> str:
     """What a picture shows, in one of many phrasings; the style is named in a third of them."""
     thing = f"{colour} {name}" if colour else name
@@ -221,7 +227,8 @@ class Pictures:
             return colorsys.hsv_to_rgb((h + rng.uniform(-0.02, 0.02)) % 1, jitter(s, 0.08), jitter(v, 0.06))
 
         # A tint maps luminance to a ramp black - colour - white and keeps a quarter of the original colour.
-        ramp = torch.tensor([jittered(t) if t else (0.0, 0.0, 0.0) for t in tints], device=self.device)[:, :, None, None]
+        ramp = torch.tensor([jittered(t) if t else (0.0, 0.0, 0.0) for t in tints], device=self.device)
+        ramp = ramp[:, :, None, None]
         tinted = torch.tensor([t is not None for t in tints], device=self.device)[:, None, None, None]
         luma = (colour * torch.tensor([0.299, 0.587, 0.114], device=self.device)[:, None, None]).sum(1, keepdim=True)
         luma = luma / alpha.clamp(min=1e-3)

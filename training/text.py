@@ -1,30 +1,27 @@
-"""Stage 2: the tokenizer, the text encoder and the judge.
+"""Stage 2: the tokenizer and the text encoder.
 
     python -m training.text
 
 trains a small byte-level BPE in CLIP's file format, then the text encoder contrastively against an image tower, as
-CLIP was trained (Radford et al. 2021, figure 3). The text encoder is frozen afterwards, as in Stable Diffusion. The
-image tower and the text projection become training/judge.safetensors, which names what a picture shows.
+CLIP was trained (Radford et al. 2021, figure 3). The text encoder is frozen afterwards, as in Stable Diffusion.
 """
 
 import json
 import random
-import zlib
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from clip import CLIPTextConfig, CLIPTextModel
 from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
-from training.data import COLOURS, STYLES, Pictures, concepts
+from training.data import COLOURS, STYLES, Pictures, concepts, held_out
+from training.judge import ImageTower
 
 TOKENIZER = RUNS / "tokenizer"
-JUDGE = Path(__file__).parent / "judge.safetensors"
 LENGTH = 32  # text tokens L; the longest caption has about 20
 MERGES = 2000
 
@@ -66,23 +63,6 @@ def text_config(vocab_size: int) -> CLIPTextConfig:
                           num_attention_heads=4, max_position_embeddings=LENGTH)  # fmt: skip
 
 
-class ImageTower(nn.Module):
-    """Pictures (B, 3, 128, 128) in [-1, 1] -> unit vectors (B, 128)."""
-
-    def __init__(self, widths=(48, 96, 160, 224, 224), dim: int = 128):
-        super().__init__()
-        layers, c = [], 3
-        for i, width in enumerate(widths):
-            layers += [nn.Conv2d(c, width, 3, stride=2 if i < 4 else 1, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
-            c = width
-        self.features = nn.Sequential(*layers)
-        self.projection = nn.Linear(c, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.avg_pool2d(x, 2)  # 64 x 64 is enough to name a picture
-        return F.normalize(self.projection(self.features(x).mean(dim=(2, 3))), dim=-1)
-
-
 class Contrastive(nn.Module):
     def __init__(self, vocab_size: int):
         super().__init__()
@@ -93,11 +73,6 @@ class Contrastive(nn.Module):
         for name, p in self.text.named_parameters():
             if "embedding" in name:
                 nn.init.normal_(p, std=0.02)
-
-
-def held_out(row: dict) -> bool:
-    """One style of every concept is never shown to the text stage, so the judge can be measured on it."""
-    return row["use"] == "concept" and zlib.crc32(row["name"].encode()) % len(STYLES) == STYLES.index(row["style"])
 
 
 def ambiguous(attributes: list[tuple], captions: list[str]) -> Tensor:
@@ -111,39 +86,6 @@ def ambiguous(attributes: list[tuple], captions: list[str]) -> Tensor:
     name = torch.tensor([numbers[a[0]] for a in attributes])
     fits = ((says[:, None] == 0) | (says[:, None] == shows[None])).all(-1) & (name[:, None] == name[None])
     return fits & ~torch.eye(len(name), dtype=torch.bool)
-
-
-class Judge:
-    """Names pictures among the concepts.
-
-    Args:
-        device: where it runs.
-
-    `__call__` takes pictures (B, 3, 128, 128) in [-1, 1] and returns (B, concepts) similarities, in `self.names`'
-    order; the caller takes the argmax.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu"):
-        state = load_file(JUDGE)
-        self.texts = state.pop("texts").float().to(device)  # (concepts, 128): the text side, already embedded
-        self.names = list(concepts())
-        self.tower = ImageTower()
-        self.tower.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-        self.tower.eval().requires_grad_(False).to(device)
-
-    def __call__(self, pictures: Tensor) -> Tensor:
-        return self.tower(pictures) @ self.texts.T
-
-
-def judge_accuracy(judge: Judge, pictures: Pictures, rows: list[int], repeats: int = 8) -> float:
-    """Share of `repeats` random renderings (shift, rotation, warp; own colours, white) of each row that are named."""
-    rng, generator, right, total = random.Random(1), torch.Generator().manual_seed(1), 0, 0
-    for chunk in torch.tensor(rows).repeat(repeats).split(256):
-        x, _, attributes = pictures.batch(chunk, rng, generator, tint=0.0, backdrop=0.0)
-        named = judge(x).argmax(1).tolist()
-        right += sum(judge.names[n] == a[0] for n, a in zip(named, attributes, strict=True))
-        total += len(chunk)
-    return right / total
 
 
 def main() -> None:
@@ -201,18 +143,7 @@ def main() -> None:
     trainer.run(loss_of_step)
     save_file(trainer.averaged(), RUNS / "text" / "average.safetensors")
     load_average("text", model)
-    judge_state = {k: v.half() for k, v in model.tower.cpu().state_dict().items()}
-    with torch.no_grad():
-        ids = tokenize(tokenizer, [f"a {name}" for name in concepts()])
-        states = model.text.cpu()(ids)[torch.arange(len(ids)), (ids == end).int().argmax(1)]
-        judge_state["texts"] = F.normalize(model.text_projection.cpu()(states), dim=-1).half()
-    save_file(judge_state, JUDGE)
     save_file({k: v.contiguous() for k, v in model.text.state_dict().items()}, RUNS / "text" / "encoder.safetensors")
-
-    judge = Judge(args.device)
-    unseen = [i for i, row in enumerate(pictures.rows) if held_out(row)]
-    print(f"judge: {judge_accuracy(judge, pictures, unseen, 4):.1%} of held-out pictures, "
-          f"{judge_accuracy(judge, pictures, ours, 4):.1%} of new renderings of trained pictures")  # fmt: skip
 
 
 if __name__ == "__main__":

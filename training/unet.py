@@ -115,7 +115,8 @@ def main() -> None:
         for t in (500, 800):
             times = torch.full((len(some),), t, device=args.device)
             x = noised(latents[some].float(), times, noise)
-            for kind, context in (("right", states), ("shuffled", states.roll(1, 0)), ("empty", empty.expand_as(states))):
+            cases = {"right": states, "shuffled": states.roll(1, 0), "empty": empty.expand_as(states)}
+            for kind, context in cases.items():
                 with autocast(args.device):
                     out[f"{kind}@{t}"] = F.mse_loss(model(x, times, context).float(), noise)
         return out

@@ -29,7 +29,7 @@ TINY = Path(__file__).parent / "tiny"
 
 # Tensors that are left unread, by full name.
 IGNORED = {
-    "text_model.embeddings.position_ids": "positions are 0..L-1 by definition, and merges are known to corrupt this copy",
+    "text_model.embeddings.position_ids": "positions are 0..L-1 by definition; merges corrupt this copy",
 }
 
 # Config fields that say where a file comes from or how it was trained, not what the network computes.
@@ -150,7 +150,7 @@ def load_tokenizer(folder: Path):
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load(source: str | Path = TINY, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+def load(source: str | Path = TINY, device: str | torch.device = "cpu", dtype=torch.float32) -> Checkpoint:
     """Loads a checkpoint.
 
     Args:

@@ -1,0 +1,177 @@
+"""The pictures of the README and the model card, made by the embedded checkpoint.
+
+    python -m docs.sheets            all of them, about six minutes on two cores
+    python -m docs.sheets nu s       only these
+
+docs/layouts holds the layouts: emoji that no training stage has seen (teapot, castle, handbag, pear, boot, sofa and
+trophy, from the sets that the model card credits), and three drawings that `drawings` below makes.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import weights
+from magicmix import decode, magicmix, open_layout
+from training.data import concepts
+
+HERE = Path(__file__).parent
+SIDE, MARGIN, LABEL = 128, 4, 22
+
+
+class Studio:
+    """The embedded checkpoint with its own options, and pictures made by it."""
+
+    def __init__(self):
+        self.models = weights.load()
+        self.options = {k: v for k, v in self.models.defaults.items() if k != "size"}
+
+    def layout(self, name: str):
+        return open_layout(HERE / "layouts" / f"{name}.png", (SIDE, SIDE))[0]
+
+    def mix(self, prompt: str, layout: str, **options) -> list[Image.Image]:
+        """Mixes into a file of docs/layouts, or, if there is none of that name, into that prompt."""
+        known = (HERE / "layouts" / f"{layout}.png").exists()
+        given = self.options | options
+        *_, last = magicmix(self.models, prompt, self.layout(layout) if known else layout, **given)
+        return decode(self.models, last.x)
+
+    def text_to_image(self, prompt: str, **options) -> list[Image.Image]:
+        """K_max = K_min = T: denoising starts at pure noise and nothing is mixed."""
+        return self.mix(prompt, "", k_max=1.0, k_min=1.0, **options)
+
+
+def file(name: str) -> Image.Image:
+    return Image.open(HERE / "layouts" / f"{name}.png").convert("RGB")
+
+
+def write(name: str, rows: list[list[Image.Image]], top: list[str], left: list[str] | None = None) -> None:
+    """A labelled grid of pictures as docs/NAME.png."""
+    font = ImageFont.load_default(14)
+    indent = max((int(font.getlength(t)) for t in left), default=0) + 12 if left else 0
+    cell = SIDE + MARGIN
+    canvas = Image.new("RGB", (indent + cell * len(rows[0]), LABEL + cell * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(top):
+        draw.text((indent + i * cell + cell // 2, LABEL // 2), text, "black", font, anchor="mm")
+    for j, row in enumerate(rows):
+        if left:
+            draw.text((6, LABEL + j * cell + cell // 2), left[j], "black", font, anchor="lm")
+        for i, picture in enumerate(row):
+            canvas.paste(picture, (indent + i * cell, LABEL + j * cell))
+    canvas.save(HERE / f"{name}.png", optimize=True)
+    print(HERE / f"{name}.png")
+
+
+def drawings() -> None:
+    """Writes the drawn layouts: a mug, a vase and a sailing boat, at four times the size and averaged."""
+    shapes = {
+        "mug": [("ellipse", (82, 44, 118, 90), "#c23b30"), ("ellipse", (91, 53, 109, 81), "white"),
+                ("rounded_rectangle", (20, 26, 96, 106), "#d8483c"), ("ellipse", (20, 18, 96, 36), "#8f2a22")],
+        "vase": [("rectangle", (50, 14, 78, 40), "#3b64c8"),
+                 ("polygon", [(54, 40), (74, 40), (96, 66), (82, 116), (46, 116), (32, 66)], "#3b64c8"),
+                 ("polygon", [(34, 64), (94, 64), (94, 74), (36, 74)], "#9ab4f0")],
+        "boat": [("polygon", [(14, 84), (114, 84), (96, 112), (32, 112)], "#7a4a26"),
+                 ("rectangle", (60, 14, 65, 84), "#54341c"), ("polygon", [(68, 18), (68, 78), (108, 78)], "#e8e2d0"),
+                 ("polygon", [(57, 30), (57, 78), (24, 78)], "#e07b39")],
+    }  # fmt: skip
+    for name, parts in shapes.items():
+        canvas = Image.new("RGB", (4 * SIDE, 4 * SIDE), "white")
+        for kind, points, colour in parts:
+            flat = [4 * v for p in points for v in (p if isinstance(p, tuple) else (p,))]
+            extra = {"radius": 40} if kind == "rounded_rectangle" else {}
+            getattr(ImageDraw.Draw(canvas), kind)(flat, fill=colour, **extra)
+        canvas.resize((SIDE, SIDE), Image.Resampling.BOX).save(HERE / "layouts" / f"{name}.png")
+
+
+LAYOUTS = ["teapot", "castle", "handbag", "pear", "boot", "sofa", "trophy", "mug", "vase", "boat"]
+PROMPTS = ["tiger", "panda", "frog", "strawberry", "watermelon", "cactus", "donut", "pizza"]
+
+
+def mixes(studio: Studio) -> None:
+    """Ten layouts that were never trained on, eight prompts, the checkpoint's own options, seed 0."""
+    rows = [[file(name)] + [studio.mix(f"a {p}", name)[0] for p in PROMPTS] for name in LAYOUTS]
+    write("mixes", rows, ["layout", *(f"a {p}" for p in PROMPTS)], LAYOUTS)
+
+
+def nu(studio: Studio) -> None:
+    values = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
+    rows = [[file(name)] + [studio.mix(f"a {p}", name, nu=v)[0] for v in values] for name, p in cases]
+    write("nu", rows, ["layout", *(f"nu {v}" for v in values)], [f"a {p}" for _, p in cases])
+
+
+def k_min(studio: Studio) -> None:
+    values = [0.0, 0.06, 0.1, 0.14, 0.18, 0.24, 0.3, 0.4, 0.6]
+    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
+    rows = [[file(name)] + [studio.mix(f"a {p}", name, k_min=v)[0] for v in values] for name, p in cases]
+    write("k_min", rows, ["layout", *(f"k-min {v}" for v in values)], [f"a {p}" for _, p in cases])
+
+
+def k_max(studio: Studio) -> None:
+    """With nu 0.9, so that the layout enters mostly through the noise at K_max."""
+    values = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
+    rows = [[file(name)] + [studio.mix(f"a {p}", name, k_max=v, nu=0.9)[0] for v in values] for name, p in cases]
+    write("k_max", rows, ["layout", *(f"k-max {v}" for v in values)], [f"a {p}" for _, p in cases])
+
+
+def s(studio: Studio) -> None:
+    """The factor s on the concept's word: first plain text-to-image, then mixed into a layout."""
+    values = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
+    cases = [("", "strawberry"), ("", "penguin"), ("", "tiger"), ("handbag", "watermelon"), ("castle", "strawberry"),
+             ("mug", "panda")]  # fmt: skip
+    rows = []
+    for name, p in cases:
+        make = (lambda v, n=name, p=p: studio.mix(f"a {p}", n, reweight={p: v})) if name else (
+            lambda v, p=p: studio.text_to_image(f"a {p}", reweight={p: v}))  # fmt: skip
+        first = file(name) if name else Image.new("RGB", (SIDE, SIDE), "white")
+        rows.append([first] + [make(v)[0] for v in values])
+    write("s", rows, ["layout", *(f"s {v:g}" for v in values)], [f"a {p}" for _, p in cases])
+
+
+def text_text(studio: Studio) -> None:
+    """The layout comes from a prompt's own denoising; its plain picture stands first."""
+    layouts, prompts = ["a car", "a house", "a 3d guitar", "a 3d elephant", "a crown"], PROMPTS[:6]
+    rows = [[studio.text_to_image(t)[0]] + [studio.mix(f"a {p}", t)[0] for p in prompts] for t in layouts]
+    write("text-text", rows, ["layout alone", *(f"a {p}" for p in prompts)], layouts)
+
+
+def concepts_(studio: Studio) -> None:
+    """One plain text-to-image sample of every concept, seed 0, without choosing."""
+    names = list(concepts())
+    pictures = [studio.text_to_image(f"a {name}", steps=30)[0] for name in names]
+    across = 12
+    rows = [pictures[i : i + across] for i in range(0, len(names), across)]
+    rows[-1] += [Image.new("RGB", (SIDE, SIDE), "white")] * (across - len(rows[-1]))
+    write("concepts", rows, [""] * across)
+
+
+def hero(studio: Studio) -> None:
+    """The picture at the top of the README: layout above, the mixture below."""
+    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger"), ("boot", "cactus"),
+             ("mug", "panda"), ("sofa", "pizza"), ("pear", "frog")]  # fmt: skip
+    rows = [[file(name) for name, _ in cases], [studio.mix(f"a {p}", name)[0] for name, p in cases]]
+    write("hero", rows, [f"{name} + {p}" for name, p in cases])
+
+
+SHEETS = {"hero": hero, "mixes": mixes, "nu": nu, "k_min": k_min, "k_max": k_max, "s": s, "text-text": text_text,
+          "concepts": concepts_}  # fmt: skip
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(SHEETS)
+    unknown = [name for name in names if name not in SHEETS]
+    if unknown:
+        print(f"sheet {unknown[0]!r} is not known; there are: {', '.join(SHEETS)}", file=sys.stderr)
+        return 2
+    drawings()
+    studio = Studio()
+    for name in names:
+        SHEETS[name](studio)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

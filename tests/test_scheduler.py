@@ -1,0 +1,85 @@
+"""The samplers against diffusers' schedulers, and the noise schedule against its closed form."""
+
+import diffusers
+import pytest
+import torch
+from conftest import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler import Schedule, ScheduleConfig
+
+BOUND = 1e-6
+PUBLISHED = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+SHAPE = (2, 4, 6, 10)
+
+
+def whole_run(steps, prediction, oracle, step, noise_seed=None):
+    """Every step of a run, ours and theirs from the same x_k and output; the largest relative error."""
+    schedule = Schedule(ScheduleConfig(prediction_type=prediction), steps)
+    oracle.set_timesteps(steps)
+    assert oracle.timesteps.tolist() == schedule.t[:0:-1]
+    g = torch.Generator().manual_seed(steps)
+    x, worst = torch.randn(SHAPE, generator=g), 0.0
+    for k in range(steps, 0, -1):
+        output, noise = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=torch.Generator().manual_seed(k))
+        before = x.clone(), output.clone(), noise.clone()
+        ours, x0 = step(schedule, x, output, k, noise)
+        assert all(map(torch.equal, (x, output, noise), before)), "an input was modified"
+        theirs = oracle.step(output, schedule.t[k], x, generator=torch.Generator().manual_seed(k), **(noise_seed or {}))
+        worst = max(worst, relative_error(ours, theirs.prev_sample), relative_error(x0, theirs.pred_original_sample))
+        x = theirs.prev_sample
+    return worst
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [10, 20, 30, 50])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim(steps, prediction, eta):
+    oracle = diffusers.DDIMScheduler(prediction_type=prediction, set_alpha_to_one=False, **PUBLISHED)
+    step = lambda schedule, x, output, k, noise: schedule.ddim(x, output, k, eta, noise)
+    assert whole_run(steps, prediction, oracle, step, {"eta": eta}) <= BOUND
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [10, 20, 30, 50])
+def test_ddpm(steps, prediction):
+    oracle = diffusers.DDPMScheduler(prediction_type=prediction, timestep_spacing="leading", **PUBLISHED)
+    assert whole_run(steps, prediction, oracle, Schedule.ddpm) <= BOUND
+
+
+def closed_form(t):
+    """alphas_cumprod[t] in double precision, straight from the published betas."""
+    product = 1.0
+    for i in range(t + 1):
+        product *= 1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2
+    return product
+
+
+def test_published_facts():
+    schedule = Schedule(ScheduleConfig(), 50)
+    assert schedule.t[50] == 981 and schedule.t[1] == 1
+    assert Schedule(ScheduleConfig(), 30).t[30] == 958
+    assert schedule.abar(0).item() == pytest.approx(0.99915, abs=1e-6)  # set_alpha_to_one: false
+    assert schedule.abar(50).item() == pytest.approx(closed_form(981), rel=1e-5)
+
+
+@given(st.integers(1, 999), st.data())
+def test_noising_is_undone_by_the_prediction(steps, data):
+    """predict() inverts add_noise() when the UNet's output is exactly right, for both prediction types."""
+    k = data.draw(st.integers(1, steps))
+    g = torch.Generator().manual_seed(k)
+    x0, eps = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g)
+    for kind in ("epsilon", "v_prediction"):
+        schedule = Schedule(ScheduleConfig(prediction_type=kind), steps)
+        a, b = schedule.abar(k) ** 0.5, (1 - schedule.abar(k)) ** 0.5
+        x = schedule.add_noise(x0, eps, k)
+        found = schedule.predict(x, eps if kind == "epsilon" else a * eps - b * x0, k)
+        # x0 is divided by sqrt(abar), which is 0.07 at the noisy end, so rounding grows fifteenfold.
+        assert relative_error(found[0], x0) <= 1e-5 and relative_error(found[1], eps) <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1000, 1001])
+def test_steps_out_of_range(steps):
+    with pytest.raises(ValueError, match=f"steps {steps} is out of range; use 1 to 999"):
+        Schedule(ScheduleConfig(), steps)
