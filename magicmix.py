@@ -29,6 +29,7 @@ from scheduler import Schedule
 from weights import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OVERFLOW = "if the checkpoint is sound, --dtype fp32 or bf16 or --upcast-attention on avoids the overflow"
 
 
 class Step(NamedTuple):
@@ -172,7 +173,8 @@ def magicmix(
         seeds: one a picture; B = len(seeds) pictures are made in one batch.
         size: (height, width) in pixels for a layout prompt; None for the checkpoint's own.
 
-    Raises ValueError for a value out of range, before any step.
+    Raises ValueError for a value out of range, before any step, and FloatingPointError at a step whose latents are
+    not finite.
     """
     check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight or {})
     if reweight:
@@ -205,7 +207,15 @@ def magicmix(
             layout_at = states.__getitem__
         yield from mix(under(prompt, reweight or {}), layout_at, K_max, K_min, nu)
 
-    return run()
+    return watched(run())
+
+
+def watched(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps. Raises FloatingPointError at the first whose latents are not finite."""
+    for step in steps:
+        if not torch.isfinite(step.x).all():
+            raise FloatingPointError(f"the latents hold NaN or Inf at k = {step.k} ({step.phase}); {OVERFLOW}")
+        yield step
 
 
 def encode(models: Checkpoint, picture: Tensor) -> Tensor:
@@ -215,8 +225,10 @@ def encode(models: Checkpoint, picture: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(models: Checkpoint, x: Tensor) -> list[Image.Image]:
-    """Scaled latents (B, 4, H, W) -> pictures."""
+    """Scaled latents (B, 4, H, W) -> pictures. Raises FloatingPointError when the VAE returns NaN or Inf."""
     y = models.vae.decode(x / models.vae.config.scaling_factor)
+    if not torch.isfinite(y).all():
+        raise FloatingPointError("the picture holds NaN or Inf after the VAE's decoder; the checkpoint is damaged")
     pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # the nearest grey level, as diffusers rounds
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -362,8 +374,10 @@ DEFAULTS = {
 PARAMETERS = {
     "prompt": str, "layout": str, "layout_prompt": str, "weights": str, "k_max": (int, float), "k_min": (int, float),
     "nu": (int, float), "steps": int, "guidance": (int, float), "negative": str, "reweight": dict, "sampler": str,
-    "eta": (int, float), "seed": int, "size": list, "dtype": str,
+    "eta": (int, float), "seed": int, "size": list, "dtype": str, "vae": str, "no_ema": bool, "prediction": str,
+    "upcast_attention": str,
 }  # fmt: skip
+LOADING = ("weights", "vae", "no_ema", "prediction", "upcast_attention")  # recorded where they were given
 
 
 def parse(argv: list[str]) -> dict:
@@ -381,7 +395,12 @@ def parse(argv: list[str]) -> dict:
     add("--layout", metavar="IMAGE", help="take the layout from this picture (image-text mixing)")
     add("--layout-prompt", metavar="TEXT", help="take the layout from this prompt's own denoising (text-text mixing)")
     add("-o", "--output", help="the PNG to write; with --count N, SEED is added to the name [mix.png]")
-    add("--weights", metavar="FOLDER", help="a checkpoint in the diffusers layout [the embedded one]")
+    add("--weights", metavar="SOURCE", help="a checkpoint: a folder in the diffusers layout, an original-layout "
+        ".safetensors file, or a hub id, optionally @revision [the embedded one]")  # fmt: skip
+    add("--vae", metavar="PATH", help="another autoencoder, a folder or a file [the checkpoint's]")
+    add("--no-ema", action="store_true", help="the raw weights, where a file has averaged ones too")
+    add("--prediction", choices=["auto", "epsilon", "v"], help="what the UNet predicts [auto: its config, or a probe]")
+    add("--upcast-attention", choices=["auto", "on", "off"], help="attention in float32 [auto: the config]")
     add("--k-max", type=float, help="K_max as a fraction of the steps: where denoising starts. Higher: less of the "
         "layout's detail stays [0.6]")  # fmt: skip
     add("--k-min", type=float, help="K_min as a fraction of the steps: where mixing stops. Lower: more of the "
@@ -438,11 +457,15 @@ def run(given: dict) -> list[Path]:
     if not output.parent.is_dir():
         raise ValueError(f"output folder {str(output.parent)!r} does not exist; make it first")
     if before and not quiet:  # a path that comes from a file is shown before it is followed
-        print(*(f"{name}: {given[name]}" for name in ("layout", "weights") if name in given), sep="\n")
+        print(*(f"{name}: {given[name]}" for name in ("layout", "weights", "vae") if name in given), sep="\n")
 
     device = choose_device(given.get("device", DEFAULTS["device"]))
     dtype = given.get("dtype") or ("fp32" if device.type == "cpu" else "fp16")
-    models = weights.load(given.get("weights") or weights.TINY, device, DTYPES[dtype])
+    models = weights.load(
+        given.get("weights") or weights.TINY, device, DTYPES[dtype], vae=given.get("vae"),
+        ema=not given.get("no_ema"), prediction=given.get("prediction", "auto"),
+        upcast_attention={"on": True, "off": False}.get(given.get("upcast_attention")),
+    )  # fmt: skip
     if before.get("checkpoint", models.identity) != models.identity:
         raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
     options = DEFAULTS | models.defaults | given
@@ -466,7 +489,7 @@ def run(given: dict) -> list[Path]:
     for seed, picture in zip(seeds, decode(models, x), strict=True):
         path = output.with_name(f"{output.stem}-{seed}{output.suffix}") if len(seeds) > 1 else output
         parameters = {"prompt": given["prompt"], source: given[source], **numbers, "seed": seed, "size": size,
-                      "dtype": dtype} | ({"weights": given["weights"]} if "weights" in given else {})  # fmt: skip
+                      "dtype": dtype} | {name: given[name] for name in LOADING if name in given}  # fmt: skip
         metadata = {"parameters": parameters, "checkpoint": models.identity, "versions": versions()}
         save(picture, path, metadata | ({"layout_sha256": digest} if digest else {}))
         paths.append(path)
@@ -491,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in run(given):
             if not given.get("quiet"):
                 print(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"magicmix: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

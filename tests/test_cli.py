@@ -48,8 +48,8 @@ def test_count_writes_one_picture_a_seed(tmp_path):
         assert again.read_bytes() == single.read_bytes()
 
 
-@pytest.mark.parametrize("options", [["--sampler", "ddpm"], ["--eta", "1"], ["--k-max", "0", "--k-min", "0"], ["--dtype", "bf16"],
-                                     ["--size", "96x64"], ["--k-max", "1", "--k-min", "0"]])  # fmt: skip
+@pytest.mark.parametrize("options", [["--sampler", "ddpm"], ["--eta", "1"], ["--dtype", "bf16"], ["--size", "96x64"],
+                                     ["--k-max", "0", "--k-min", "0"], ["--k-max", "1", "--k-min", "0"]])  # fmt: skip
 def test_options_that_change_the_run(tmp_path, options):
     path = tmp_path / "mix.png"
     assert magicmix.main(["a tiger", "--layout", LAYOUT, *FAST, *options, "-o", str(path)]) == 0
@@ -77,7 +77,8 @@ BAD = [
     (["a tiger", "--layout", LAYOUT, "--size", "100"], "both sides must be multiples of 8"),
     (["a tiger", "--layout", LAYOUT, "--size", "big"], "'big' is no size"),
     (["a tiger", "--layout", LAYOUT, "--device", "abacus"], "device 'abacus' cannot be used"),
-    (["a tiger", "--layout", LAYOUT, "--weights", "nowhere"], "'nowhere' is not a folder"),
+    (["a tiger", "--layout", LAYOUT, "--weights", "nowhere"], "'nowhere' is no folder, no .safetensors file"),
+    (["a tiger", "--layout", LAYOUT, "--weights", "model.ckpt"], "is a pickle, which runs code when it is opened"),
     (["a tiger", "--layout", LAYOUT, "-o", "no/such/folder/mix.png"], "make it first"),
     (["--again", LAYOUT], "has no magicmix parameters"),
 ]

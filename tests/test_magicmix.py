@@ -3,6 +3,8 @@
 Pictures are compared in grey levels (0..255), latents by relative error.
 """
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import pytest
@@ -247,6 +249,12 @@ def test_step_numbers(T, a, b):
     k_min, k_max = sorted((a, b))
     K_max, K_min = in_steps(k_max, k_min, T)
     assert 0 <= K_min <= K_max <= T and abs(K_max - k_max * T) <= 0.5 and abs(K_min - k_min * T) <= 0.5
+
+
+def test_a_nan_is_reported_with_its_step(models, layout):
+    broken = dataclasses.replace(models, unet=lambda x, t, *_: x * (float("nan") if t[0] < 500 else 0.1))
+    with pytest.raises(FloatingPointError, match=r"NaN or Inf at k = 4 \(mixing\)"):  # the call at t[5] = 401
+        last(magicmix(broken, "a tiger", layout, k_max=0.8, k_min=0.1, **SMALL))
 
 
 # ---------------------------------------------------------------------------------------------------- the words

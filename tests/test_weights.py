@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import unet
 import weights
-from weights import CheckpointError
+from weights import CheckpointError, sources
 
 
 @pytest.fixture
@@ -96,8 +96,8 @@ def test_missing_and_broken_files_are_named(folder):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
         weights.load(folder)
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        weights.load(folder / "nowhere")
+    with pytest.raises(CheckpointError, match="is no folder, no .safetensors file and no hub id"):
+        weights.load(folder / "no" / "where")
 
 
 def test_the_published_configs_are_understood(tmp_path):
@@ -119,7 +119,7 @@ def test_the_published_configs_are_understood(tmp_path):
     }  # fmt: skip
     for parameters, fields in published.items():
         (tmp_path / "config.json").write_text(json.dumps(common | fields))
-        config = weights.read_config(tmp_path / "config.json", "unet", unet.UNetConfig, unet.FIXED)
+        config = sources.read_config(tmp_path / "config.json", "unet")
         with torch.device("meta"):
             model = unet.UNet2DConditionModel(config)
         assert sum(p.numel() for p in model.parameters()) == parameters

@@ -1,55 +1,33 @@
-"""Checkpoints: a folder in the diffusers layout becomes this project's models, strictly.
+"""Checkpoints: a folder, a single file or a hub id becomes this project's models, strictly.
 
-Every tensor in the files is accounted for: it is a parameter of the right shape, or it stands in IGNORED with its
-reason. Every field of a config is used, fixed to the one value that these models implement, or in DESCRIPTIVE.
-
-The layout (https://huggingface.co/docs/diffusers, "DiffusionPipeline"): model_index.json, and one folder each for
-tokenizer, text_encoder, unet, vae and scheduler. `magicmix.json` beside them is ours and optional: the options that
-suit the checkpoint better than the general defaults.
+Every tensor in the files is accounted for: it is a parameter of the right shape, or it is ignored by name and with a
+reason (`weights.layouts`). Every config field is used, fixed to the one value that these models implement, or known to
+be descriptive (`weights.sources`). Tensors stay memory-mapped and are handed to modules built on the meta device, so a
+load reads the files once and keeps no second copy, unless a dtype or device asks for one.
 """
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import io
-import json
 import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 import clip
 import scheduler
 import unet
 import vae
+from weights.sources import CheckpointError, Source, open_source, open_vae, probe_prediction
 
-TINY = Path(__file__).parent / "tiny"
+__all__ = ["TINY", "Checkpoint", "CheckpointError", "load"]
 
-# Tensors that are left unread, by full name.
-IGNORED = {
-    "text_model.embeddings.position_ids": "positions are 0..L-1 by definition; merges corrupt this copy",
-}
-
-# Config fields that say where a file comes from or how it was trained, not what the network computes.
-DESCRIPTIVE = {
-    "text_encoder": {
-        "architectures", "attention_dropout", "dropout", "initializer_factor", "initializer_range", "model_type",
-        "torch_dtype", "dtype", "transformers_version", "projection_dim",
-        "bos_token_id", "eos_token_id", "pad_token_id",  # wrong in the published files; the tokenizer's are used
-    },
-    "unet": set(),
-    "vae": {"sample_size", "force_upcast", "latents_mean", "latents_std"},  # the VAE always runs in float32 here
-    "scheduler": {
-        "skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range",  # read by samplers
-        "interpolation_type", "use_karras_sigmas", "timestep_type", "sigma_min", "sigma_max",  # that are not ours
-    },
-}  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with what is wrong and what would be right in one line."""
+HERE = Path(__file__).parent
+TINY = HERE / "tiny"
+MODELS = {"text_encoder": clip.CLIPTextModel, "unet": unet.UNet2DConditionModel, "vae": vae.AutoencoderKL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +40,7 @@ class Checkpoint:
         vae: always in float32: decoding in float16 overflows in the public models.
         schedule: the noise schedule's config.
         defaults: the checkpoint's own options for magicmix.py, from magicmix.json.
-        identity: part -> sha256 of its weights file, for the picture's metadata.
+        identity: part -> fingerprint of its weights, for the picture's metadata.
         device, dtype: where and in what the models compute.
     """
 
@@ -77,111 +55,128 @@ class Checkpoint:
     dtype: torch.dtype
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError when it is missing, not JSON or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+    """Raises CheckpointError that names the first missing, unexpected or misshapen tensor."""
+    for name in sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"{where}: tensor {name} is missing")
+    for name in sorted(found.keys() - expected.keys()):
+        raise CheckpointError(f"{where}: tensor {name} is not part of this model")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            shapes = tuple(found[name].shape), tuple(tensor.shape)
+            raise CheckpointError(f"{where}: tensor {name} has shape {shapes[0]}, the config asks for {shapes[1]}")
+        if not found[name].is_floating_point():
+            raise CheckpointError(f"{where}: tensor {name} has dtype {found[name].dtype}, not a floating-point one")
 
 
-def read_config(path: Path, part: str, config_class: type, fixed: dict) -> object:
-    """A config.json as its dataclass. Raises CheckpointError for a field these models do not know or do differently."""
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    used = {}
-    for name, value in read_json(path).items():
-        if name in fields:
-            used[name] = tuple(value) if isinstance(value, list) else value
-        elif name in fixed:
-            if value != fixed[name] and value is not None:
-                raise CheckpointError(f"{path}: {name} is {value!r}; this implementation needs {fixed[name]!r}")
-        elif not name.startswith("_") and name not in DESCRIPTIVE[part] and value is not None and value is not False:
-            # A field of a later release that is off changes nothing; one that is on would.
-            raise CheckpointError(f"{path}: {name} is {value!r}; this implementation does not know that field")
-    try:
-        return config_class(**{k: v for k, v in used.items() if v is not None})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """A sha256 that tells checkpoints apart without reading them whole: of every tensor's name, shape, dtype and
+    first 64 values. Even a short fine-tuning moves those."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.flatten()[:64].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> str:
-    """Hands the tensors of a safetensors file to a model built on the meta device. Returns the file's sha256.
+def build(part: str, source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """One part's network with its tensors, strictly."""
+    with torch.device("meta"):
+        model = MODELS[part](source.configs[part])
+    # A 1 x 1 convolution and a linear layer are the same weights; re-saved files may have either rank.
+    expected = model.state_dict()
+    found = {
+        name: t.reshape(expected[name].shape) if name in expected and pointwise(t.shape, expected[name].shape) else t
+        for name, t in source.tensors[part].items()
+    }
+    check(expected, found, ", ".join(map(str, source.files[part])))
+    model.load_state_dict({name: t.to(device, dtype) for name, t in found.items()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
 
-    Raises CheckpointError that names the first missing, unexpected or misshapen tensor.
+
+def pointwise(a: torch.Size, b: torch.Size) -> bool:
+    """Whether two shapes differ by a trailing (1, 1) only."""
+    return sorted((a, b), key=len)[1] == (*sorted((a, b), key=len)[0], 1, 1)
+
+
+def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>"):
+    """transformers' CLIPTokenizer, from a folder's vocab.json and merges.txt, or, without one, the embedded CLIP
+    vocabulary (OpenAI, MIT), which every SD 1 and SD 2 release shares; `pad` is then the padding token.
+
+    Raises CheckpointError when a file is missing.
     """
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys()) - IGNORED.keys()
-            for name in sorted(expected.keys() - keys):
-                raise CheckpointError(f"{path}: tensor {name} is missing")
-            for name in sorted(keys - expected.keys()):
-                raise CheckpointError(f"{path}: tensor {name} is not part of this model")
-            for name, shape in expected.items():
-                found = tuple(file.get_slice(name).get_shape())
-                if found != shape:
-                    raise CheckpointError(f"{path}: tensor {name} has shape {found}, the config asks for {shape}")
-            state = {name: file.get_tensor(name).to(device, dtype) for name in expected}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; only safetensors files are read") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    model.load_state_dict(state, strict=True, assign=True)
-    model.eval().requires_grad_(False)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_tokenizer(folder: Path):
-    """transformers' CLIPTokenizer from vocab.json and merges.txt. Raises CheckpointError when they are missing."""
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            raise CheckpointError(f"{folder / name} is missing; a CLIP tokenizer has it")
     # transformers looks for torchvision and says so when it is absent; nothing here needs it.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):
         from transformers import CLIPTokenizer
 
+    if folder is None:
+        merges = gzip.decompress((HERE / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        return CLIPTokenizer(clip_vocabulary(pairs), pairs, pad_token=pad, model_max_length=77)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is missing; a CLIP tokenizer has it")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load(source: str | Path = TINY, device: str | torch.device = "cpu", dtype=torch.float32) -> Checkpoint:
+def clip_vocabulary(pairs: list[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's token ids follow from its merges: 256 bytes, 256 bytes that end a word, merges, two specials.
+
+    The bytes come in the order of GPT-2's table: printable ones first, as themselves, then the rest as U+0100 onward.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def load(
+    source: str | Path = TINY,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: str | Path | None = None,
+    ema: bool = True,
+    prediction: str = "auto",
+    upcast_attention: bool | None = None,
+) -> Checkpoint:
     """Loads a checkpoint.
 
     Args:
-        source: a folder in the diffusers layout; the default is the embedded checkpoint.
+        source: a folder in the diffusers layout, a single original-layout .safetensors file, or a hub id, optionally
+            @revision; the default is the embedded checkpoint.
         device: where the models go.
         dtype: of the text encoder and the UNet: float32, float16 or bfloat16. The VAE stays in float32.
+        vae: an autoencoder of its own, a folder or a file; needed for single files that have none.
+        ema: take the averaged weights where a file has both.
+        prediction: "epsilon" or "v"; "auto" reads the scheduler config, or probes a bare SD2 file.
+        upcast_attention: attention in float32; None follows the config.
 
     Raises CheckpointError (a ValueError) when anything is missing, unknown or does not fit.
     """
-    source, device = Path(source), torch.device(device)
-    if not source.is_dir():
-        raise CheckpointError(f"weights {str(source)!r} is not a folder; give one in the diffusers layout")
-    parts = {
-        "text_encoder": (clip.CLIPTextModel, clip.CLIPTextConfig, {}, "model", dtype),
-        "unet": (unet.UNet2DConditionModel, unet.UNetConfig, unet.FIXED, "diffusion_pytorch_model", dtype),
-        "vae": (vae.AutoencoderKL, vae.VAEConfig, vae.FIXED, "diffusion_pytorch_model", torch.float32),
-    }
-    models, identity = {}, {}
-    for part, (model_class, config_class, fixed, stem, part_dtype) in parts.items():
-        config = read_config(source / part / "config.json", part, config_class, fixed)
-        with torch.device("meta"):
-            models[part] = model_class(config)
-        identity[part] = fill(models[part], source / part / f"{stem}.safetensors", part_dtype, device)
-    schedule = read_config(source / "scheduler" / "scheduler_config.json", "scheduler",
-                           scheduler.ScheduleConfig, scheduler.FIXED)  # fmt: skip
-    own = source / "magicmix.json"
+    device = torch.device(device)
+    opened = open_source(source, dtype != torch.float32, ema)
+    if vae is not None:
+        opened.configs["vae"], opened.tensors["vae"], opened.files["vae"] = open_vae(Path(vae))
+    if not opened.tensors["vae"]:
+        raise CheckpointError(f"{source} holds no VAE; give one with --vae")
+    if upcast_attention is not None:
+        opened.configs["unet"] = dataclasses.replace(opened.configs["unet"], upcast_attention=upcast_attention)
+    if prediction not in ("auto", "epsilon", "v"):
+        raise ValueError(f"prediction {prediction!r} is not known; use auto, epsilon or v")
+    models = {part: build(part, opened, torch.float32 if part == "vae" else dtype, device) for part in MODELS}
+    check({}, opened.tensors.get("unknown", {}), str(source))
+    if prediction == "auto":
+        kind = opened.configs["scheduler"].prediction_type if opened.prediction else probe_prediction(models["unet"])[0]
+    else:
+        kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+    second = opened.configs["text_encoder"].hidden_act == "gelu"
     return Checkpoint(
-        tokenizer=load_tokenizer(source / "tokenizer"),
-        schedule=schedule,
-        defaults=read_json(own) if own.exists() else {},
-        identity=identity,
+        tokenizer=load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>"),  # SD2 pads with id 0
+        schedule=dataclasses.replace(opened.configs["scheduler"], prediction_type=kind),
+        defaults=opened.defaults,
+        identity={part: fingerprint(opened.tensors[part]) for part in MODELS},
         device=device,
         dtype=dtype,
         **models,

@@ -1,0 +1,218 @@
+"""The public files, from exact facts: every tensor name, shape and dtype of the published releases.
+
+tests/data/checkpoints.json.gz holds, in compact form, the headers of the published single files and folders, their
+configs, and per-tensor name maps that were compared with diffusers' converters. Nothing here needs the weights: the
+tensors lie on the meta device.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import weights
+from unet import UNet2DConditionModel, UNetConfig
+from weights import CheckpointError, layouts, sources
+
+FACTS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "checkpoints.json.gz").read_bytes()))
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32}
+
+
+def meta(shape, dtype):
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+@pytest.mark.parametrize(
+    ("table", "layout", "count"),
+    [("unet", layouts.original_unet, 686), ("vae_new", layouts.original_vae, 248)],
+)
+def test_names_equal_the_table(table, layout, count):
+    rows = FACTS["maps"][table]
+    assert len(rows) == count
+    for name, expected in rows.items():
+        inner = name.removeprefix("model.diffusion_model.").removeprefix("first_stage_model.")
+        ((found, _),) = layout(inner, torch.empty(4, 4, device="meta"))
+        assert found == expected
+
+
+def test_old_vae_names_become_new_ones():
+    for name, old in FACTS["maps"]["vae_old"].items():
+        ((found, _),) = layouts.diffusers_vae(old, torch.empty(4, device="meta"))
+        assert found == FACTS["maps"]["vae_new"][name]
+
+
+def test_openclip_names_and_rows_equal_the_table():
+    rows = FACTS["maps"]["openclip"]
+    assert len(rows) == 294
+    for name, expected in rows.items():
+        tensor = torch.arange(3 * 4.0)[:, None] * torch.ones(1, 4)  # row i holds i: a wrong slice shows
+        found = layouts.openclip_text(name.removeprefix("cond_stage_model.model."), tensor)
+        assert [n for n, _ in found] == [n for n, _ in expected]
+        for (_, part), (_, how) in zip(found, expected):
+            first = {"whole": 0, "q": 0, "k": 4, "v": 8}[how.split()[0]]
+            assert part[0, 0] == first and len(part) == (12 if how == "whole" else 4)
+
+
+# ---------------------------------------------------------------------------- every published file, strictly
+
+SINGLE = [(family, name) for family, facts in FACTS["single"].items() for name in facts["files"]]
+
+
+def single_file(family, name):
+    facts = FACTS["single"][family]
+    groups = set(facts["files"][name]["groups"])
+    tensors = {n: meta(shape, dtype) for n, (shape, dtype, group) in facts["tensors"].items() if group in groups}
+    assert len(tensors) == facts["files"][name]["n_tensors"]
+    return tensors
+
+
+def check_all(source):
+    for part, model_class in weights.MODELS.items():
+        with torch.device("meta"):
+            model = model_class(source.configs[part])
+        weights.check(model.state_dict(), source.tensors[part], part)
+    weights.check({}, source.tensors["unknown"], "unknown")
+
+
+@pytest.mark.parametrize(("family", "name"), SINGLE)
+def test_every_published_single_file_is_accounted_for(family, name):
+    tensors = single_file(family, name)
+    for ema in (True, False):
+        source = sources.single_file_source(Path(name), tensors, ema)
+        check_all(source)
+    raw = {id(t) for n, t in tensors.items() if n.startswith("model.diffusion_model.")}
+    averaged = sources.single_file_source(Path(name), tensors, True).tensors["unet"]
+    has_copy = "ema_unet" in FACTS["single"][family]["files"][name]["groups"]
+    assert all((id(t) in raw) != has_copy for t in averaged.values()), "the averaged weights, where there are any"
+    assert all(id(t) in raw for t in source.tensors["unet"].values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_damaged_single_file_is_refused_by_the_tensors_name(data):
+    """One tensor missing, one extra, one of another shape: the message names it, in diffusers' spelling or its own."""
+    family, name = data.draw(st.sampled_from(SINGLE))
+    tensors = single_file(family, name)
+    used = [n for n in tensors if n.startswith(tuple(layouts.SINGLE_FILE)) and layouts.split({n: tensors[n]}.items())]
+    key = data.draw(st.sampled_from(used))
+    prefix = next(p for p in layouts.SINGLE_FILE if key.startswith(p))
+    pairs = layouts.SINGLE_FILE[prefix][1](key.removeprefix(prefix), tensors[key])
+    expected = [new for new, _ in pairs]
+    if not expected:  # what the text tower drops need not be there
+        check_all(sources.single_file_source(Path(name), {n: t for n, t in tensors.items() if n != key}, True))
+        return
+    how = data.draw(st.sampled_from(["missing", "extra", "shape"]))
+    if how == "missing":
+        del tensors[key]
+    elif how == "extra":
+        tensors[key + "2"] = tensors[key]
+        expected = [layouts.SINGLE_FILE[prefix][1]((key + "2").removeprefix(prefix), tensors[key])[0][0]]
+    else:
+        tensors[key] = torch.empty([*tensors[key].shape[:-1], tensors[key].shape[-1] + 3], device="meta")
+    with pytest.raises(CheckpointError) as error:
+        check_all(sources.single_file_source(Path(name), tensors, ema=False))
+    assert any(n in str(error.value) for n in [*expected, key])
+
+
+FOLDERS = [
+    (family, repository, path)
+    for family, facts in FACTS["folders"].items()
+    for repository, contents in facts["repos"].items()
+    for path in contents["files"]
+    if "inpainting" not in repository
+]
+
+
+@pytest.mark.parametrize(("family", "repository", "path"), FOLDERS)
+def test_every_published_folder_file_is_accounted_for(family, repository, path, tmp_path):
+    facts = FACTS["folders"][family]
+    part, contents = path.split("/")[0], facts["repos"][repository]
+    which, dtype, _ = contents["files"][path]
+    rows = dict(facts["tensors"][which.split(" ")[0]])
+    if "with position_ids" in which:
+        rows["text_model.embeddings.position_ids"] = [[1, 77], "I64"]
+    (tmp_path / "config.json").write_text(json.dumps(contents["configs"][f"{part}/config.json"]))
+    with torch.device("meta"):
+        model = weights.MODELS[part](sources.read_config(tmp_path / "config.json", part))
+    found = dict(p for n, (shape, kind) in rows.items() for p in sources.LAYOUTS[part](n, meta(shape, kind)))
+    weights.check(model.state_dict(), found, path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_text_encoders_without_their_prefix_are_accounted_for(family):
+    rows = FACTS["folders"][family]["tensors"]["text_encoder"]
+    for name, (shape, dtype) in rows.items():
+        if name in layouts.IGNORED:
+            continue
+        ((found, _),) = layouts.diffusers_text(name.removeprefix("text_model."), meta(shape, dtype))
+        assert found == f"text_model.{name.removeprefix('text_model.')}"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_published_configs_and_schedules_are_understood(family, tmp_path):
+    for repository, contents in FACTS["folders"][family]["repos"].items():
+        path = tmp_path / "scheduler_config.json"
+        path.write_text(json.dumps(contents["configs"]["scheduler/scheduler_config.json"]))
+        kind = sources.read_config(path, "scheduler").prediction_type
+        assert kind == ("v_prediction" if repository.endswith("stable-diffusion-2-1") else "epsilon")
+
+
+# -------------------------------------------------------------------------------------------------- other families
+
+
+@pytest.mark.parametrize(
+    ("channels", "context", "message"), [(9, 768, "inpainting"), (8, 768, "pix2pix"), (4, 2048, "SDXL")]
+)
+def test_relatives_are_recognised_and_refused(channels, context, message):
+    tensors = single_file("sd15", "v1-5-pruned-emaonly.safetensors")
+    inner = "model.diffusion_model.input_blocks."
+    tensors[f"{inner}0.0.weight"] = torch.empty(320, channels, 3, 3, device="meta")
+    tensors[f"{inner}1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.empty(320, context, device="meta")
+    with pytest.raises(CheckpointError, match=message):
+        sources.single_file_source(Path("x.safetensors"), tensors, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("conditioner.embedders.0.transformer.x", "is SDXL"), ("model.diffusion_model.joint_blocks.0.x", "is SD3"),
+     ("something.else", "is missing; this is no Stable Diffusion")],
+)  # fmt: skip
+def test_other_architectures_are_refused(name, message):
+    with pytest.raises(CheckpointError, match=message):
+        sources.single_file_source(Path("x.safetensors"), {name: torch.empty(1, device="meta")}, True)
+
+
+# ------------------------------------------------------------------------------------------------- the vocabulary
+
+
+def test_the_embedded_vocabulary_is_clips():
+    """Ids that are published facts: SD1 pads with 49407, SD2 with 0; "hello!" is 3306 and, where "!" pads, 0."""
+    one, two = weights.load_tokenizer(None), weights.load_tokenizer(None, pad="!")
+    assert len(one) == 49408 and one.model_max_length == 77
+    ids = lambda tokenizer, text: tokenizer(text, padding="max_length").input_ids
+    assert ids(one, "hello!")[:4] == [49406, 3306, 256, 49407] and set(ids(one, "")[1:]) == {49407}
+    assert ids(two, "hello")[:4] == [49406, 3306, 49407, 0] and set(ids(two, "")[2:]) == {0}
+    assert ids(one, "a photograph of an astronaut riding a horse")[:10] == [
+        49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]  # fmt: skip
+
+
+def constant_unet(value):
+    """A UNet that answers `value` everywhere: what a perfect epsilon or v predictor would say to the probe."""
+    model = UNet2DConditionModel(UNetConfig(block_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D",) * 2,
+                                            up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=2,
+                                            cross_attention_dim=16, norm_num_groups=4))  # fmt: skip
+    with torch.no_grad():
+        model.conv_out.weight.zero_()
+        model.conv_out.bias.fill_(value)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("value", "kind"), [(0.5, "epsilon"), (-0.4, "epsilon"), (-0.6, "v_prediction")])
+def test_the_probe_decides_at_its_threshold(value, kind, dtype):
+    found, margin = sources.probe_prediction(constant_unet(value).to(dtype))
+    assert found == kind and margin == pytest.approx(value - 0.5, abs=1e-3)

@@ -1,0 +1,88 @@
+"""Describes a checkpoint without building a network: python -m weights SOURCE
+
+SOURCE is what --weights takes. Prints the layout, the family, the prediction type and how it is known, each part's
+tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file with the published
+release that it equals (releases.json), and what is missing.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from weights import MODELS, layouts, sources
+
+
+def ignored(source: sources.Source) -> Counter:
+    """reason -> how many tensors of the files are left unread for it."""
+    reasons = Counter()
+    for part, files in source.files.items():
+        if source.layout == "folder":
+            read = [(sources.LAYOUTS[part], name, t) for f in files for name, t in sources.read_tensors(f).items()]
+        elif part == "unet":  # one file has all parts: count once
+            read = []
+            for name, tensor in sources.read_tensors(files[0]).items():
+                prefix = next((p for p in layouts.SINGLE_FILE if name.startswith(p)), None)
+                if name in layouts.IGNORED:
+                    reasons[layouts.IGNORED[name]] += 1
+                elif prefix:
+                    read.append((layouts.SINGLE_FILE[prefix][1], name.removeprefix(prefix), tensor))
+        else:
+            continue
+        for layout, name, tensor in read:
+            if not layout(name, tensor):
+                full = name if name.startswith("text_model.") else f"text_model.{name}"
+                reasons[layouts.IGNORED.get(full, "what SD2 does not read of its text tower")] += 1
+    return reasons
+
+
+def describe(given: str) -> list[str]:
+    """The description, line by line. Raises CheckpointError."""
+    source = sources.open_source(given, half=False, ema=True)
+    context, schedule = source.configs["unet"].cross_attention_dim, source.configs["scheduler"]
+    family = {768: "SD 1", 1024: "SD 2"}.get(context, f"its own (text width {context})")
+    known = {"config": f"{schedule.prediction_type}, from the scheduler config", "family": "epsilon, as all of SD 1",
+             "": "not in the file; probed when it is loaded, or --prediction"}[source.prediction]  # fmt: skip
+    lines = [f"layout       {source.layout}", f"family       {family}", f"prediction   {known}"]
+    missing = []
+    for part, model_class in MODELS.items():
+        tensors = source.tensors[part]
+        with torch.device("meta"):
+            expected = model_class(source.configs[part]).state_dict()
+        parameters = sum(math.prod(t.shape) for t in tensors.values())
+        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})) or "-"
+        lines.append(f"{part:<13}{len(tensors)} tensors, {parameters:,} parameters, {dtypes}")
+        missing += [part] if not tensors else [f"{part}: {n}" for n in sorted(expected.keys() - tensors.keys())]
+    if source.layout == "single file":
+        copies = sum(n.startswith("model_ema.") for n in sources.read_tensors(source.files["unet"][0]))
+        lines.append(f"ema          {'a full copy, used unless --no-ema' if copies > 100 else 'no copy of its own'}")
+    for reason, count in ignored(source).items():
+        lines.append(f"ignored      {count} tensors: {reason}")
+    for stray in source.tensors.get("unknown", {}):
+        lines.append(f"unknown      {stray}")
+    releases = json.loads((Path(__file__).parent / "releases.json").read_text())
+    for path in sorted({f for files in source.files.values() for f in files}):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"sha256       {digest} {path.name} = {releases.get(digest, 'no release that is known here')}")
+    return lines + [f"missing      {name}" for name in missing or ["nothing"]]
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)", file=sys.stderr)
+        return 2
+    try:
+        print("\n".join(describe(sys.argv[1])))
+    except ValueError as error:
+        print(f"weights: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

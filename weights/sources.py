@@ -1,0 +1,329 @@
+"""Where a checkpoint comes from: a folder, a single file or the hub; what lies in it, before any network is built.
+
+Tensors are memory-mapped by safetensors: opening a source reads headers and configs only.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import clip
+import scheduler
+import unet
+import vae
+from weights import layouts
+
+# Config fields that say where a file comes from or how it was trained, not what the network computes.
+DESCRIPTIVE = {
+    "text_encoder": {
+        "architectures", "attention_dropout", "dropout", "initializer_factor", "initializer_range", "model_type",
+        "torch_dtype", "dtype", "transformers_version", "projection_dim",
+        "bos_token_id", "eos_token_id", "pad_token_id",  # wrong in the published files; the tokenizer's are used
+    },
+    "unet": set(),
+    "vae": {"sample_size", "force_upcast"},  # the VAE runs in float32 here
+    "scheduler": {
+        "skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range",  # read by samplers
+        "interpolation_type", "use_karras_sigmas", "timestep_type", "sigma_min", "sigma_max",  # that are not ours
+    },
+}  # fmt: skip
+CONFIGS = {
+    "text_encoder": (clip.CLIPTextConfig, {}),
+    "unet": (unet.UNetConfig, unet.FIXED),
+    "vae": (vae.VAEConfig, vae.FIXED),
+    "scheduler": (scheduler.ScheduleConfig, scheduler.FIXED),
+}
+STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+LAYOUTS = {
+    "text_encoder": layouts.diffusers_text,
+    "unet": layouts.diffusers_unet,
+    "vae": layouts.diffusers_vae,
+}
+PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, with what is wrong and what would be right in one line."""
+
+
+@dataclasses.dataclass
+class Source:
+    """What lies in a checkpoint.
+
+    Attributes:
+        layout: "folder" or "single file".
+        configs: part -> its config, for text_encoder, unet, vae and scheduler.
+        tensors: part -> {diffusers name: memory-mapped tensor}; a single file's strays are under "unknown".
+        files: part -> the files that its tensors come from.
+        tokenizer: the folder of the tokenizer's files; None for the embedded CLIP vocabulary.
+        prediction: how the prediction type is known: "config", "family" (SD1), or "" when it must be probed.
+        defaults: the options in magicmix.json, if it is there.
+    """
+
+    layout: str
+    configs: dict[str, object]
+    tensors: dict[str, dict[str, Tensor]]
+    files: dict[str, list[Path]]
+    tokenizer: Path | None
+    prediction: str
+    defaults: dict
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError when it is missing, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_config(path: Path, part: str) -> object:
+    """A config.json as its dataclass. Raises CheckpointError for a field these models do not know or do differently."""
+    config_class, fixed = CONFIGS[part]
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    used = {}
+    for name, value in read_json(path).items():
+        if name in fields:
+            used[name] = tuple(value) if isinstance(value, list) else value
+        elif name in fixed:
+            if value != fixed[name] and value is not None:
+                raise CheckpointError(f"{path}: {name} is {value!r}; this implementation needs {fixed[name]!r}")
+        elif not name.startswith("_") and name not in DESCRIPTIVE[part] and value is not None and value is not False:
+            # A field of a later release that is off changes nothing; one that is on would.
+            raise CheckpointError(f"{path}: {name} is {value!r}; this implementation does not know that field")
+    try:
+        return config_class(**{k: v for k, v in used.items() if v is not None})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path} is a pickle, which runs code when it is opened; {CONVERT}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; only safetensors files are read") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def refuse_other_families(channels: int, context: int, where) -> None:
+    """Raises CheckpointError for the relatives of Stable Diffusion 1 and 2 that these modules do not implement."""
+    kinds = {9: "an inpainting model (9 input channels)", 8: "a pix2pix model (8 input channels)"}
+    if channels in kinds or context == 2048:
+        raise CheckpointError(f"{where} is {kinds.get(channels, 'SDXL')}; use a text-to-image model of SD 1 or SD 2")
+
+
+def part_files(folder: Path, stem: str, half: bool, ema: bool) -> list[Path]:
+    """The weights files of one part of a folder: whole or in shards, of the precision that fits best.
+
+    Args:
+        folder: of the part.
+        stem: of the file name: "model" or "diffusion_pytorch_model".
+        half: prefer the `.fp16` files; otherwise they are taken only when there are no others.
+        ema: False prefers the `.non_ema` file, where a UNet has one.
+    """
+    plain, fp16 = (stem, f"{stem}.safetensors.index.json"), (f"{stem}.fp16", f"{stem}.safetensors.index.fp16.json")
+    for name, index in ([] if ema else [(f"{stem}.non_ema", "")]) + ([fp16, plain] if half else [plain, fp16]):
+        if (folder / f"{name}.safetensors").exists():
+            return [folder / f"{name}.safetensors"]
+        if index and (folder / index).exists():
+            shards = read_json(folder / index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+                raise CheckpointError(f"{folder / index}: weight_map must map tensor names to file names")
+            for shard in shards.values():
+                if Path(shard).name != shard:
+                    raise CheckpointError(f"{folder / index}: {shard!r} is not a file name in that folder")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+    pickled = next((p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLES), None)
+    if pickled:
+        raise CheckpointError(f"{folder} holds only {pickled}, a pickle, which runs code when it is opened; {CONVERT}")
+    raise CheckpointError(f"{folder / stem}.safetensors is missing; only safetensors files are read")
+
+
+def part_tensors(part: str, files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of one part in diffusers' current names, from all its files."""
+    return {
+        new: t for path in files for old, tensor in read_tensors(path).items() for new, t in LAYOUTS[part](old, tensor)
+    }
+
+
+def open_folder(folder: Path, half: bool, ema: bool) -> Source:
+    """A folder in the diffusers layout. Raises CheckpointError."""
+    index = folder / "model_index.json"
+    kind = read_json(index).get("_class_name") if index.exists() else None
+    if kind not in (None, "StableDiffusionPipeline"):
+        raise CheckpointError(f"{folder} is a {kind}; use a text-to-image model of SD 1 or SD 2")
+    raw = read_json(folder / "unet" / "config.json")
+    refuse_other_families(raw.get("in_channels"), raw.get("cross_attention_dim"), folder)
+    paths = {part: folder / part / "config.json" for part in STEMS}
+    configs = {p: read_config(path, p) for p, path in paths.items()}
+    configs["scheduler"] = read_config(folder / "scheduler" / "scheduler_config.json", "scheduler")
+    files = {part: part_files(folder / part, stem, half, ema) for part, stem in STEMS.items()}
+    own = folder / "magicmix.json"
+    return Source(
+        layout="folder",
+        configs=configs,
+        tensors={part: part_tensors(part, files[part]) for part in STEMS},
+        files=files,
+        tokenizer=folder / "tokenizer",
+        prediction="config",
+        defaults=read_json(own) if own.exists() else {},
+    )
+
+
+def open_vae(path: Path) -> tuple[vae.VAEConfig, dict[str, Tensor], list[Path]]:
+    """An autoencoder of its own (`--vae`): a folder with config.json, or a single file in either spelling."""
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        files = part_files(folder, STEMS["vae"], half=False, ema=True)
+        return read_config(folder / "config.json", "vae"), part_tensors("vae", files), files
+    tensors = read_tensors(path)
+    named = layouts.split(tensors.items())["vae"]  # inside a whole checkpoint
+    if not named:
+        layout = layouts.original_vae if "encoder.down.0.block.0.conv1.weight" in tensors else layouts.diffusers_vae
+        # Stand-alone files may carry the loss's network of their training; it is no part of the autoencoder.
+        named = {n: t for old, tensor in tensors.items() if not old.startswith("loss.") for n, t in layout(old, tensor)}
+    return vae.VAEConfig(), named, [path]
+
+
+# -------------------------------------------------------------------------------------------------- single files
+
+SD2_UNET = unet.UNetConfig(
+    attention_head_dim=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+    upcast_attention=True,  # 2.1's config says so, and it does no harm to the others
+    sample_size=96,
+)
+SD2_TEXT = clip.CLIPTextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
+)
+
+
+def open_single_file(path: Path, ema: bool) -> Source:
+    """An original-layout file, whose configs are those of its family. Raises CheckpointError."""
+    tensors = read_tensors(path)
+    return single_file_source(path, tensors, ema)
+
+
+def single_file_source(path: Path, tensors: dict[str, Tensor], ema: bool) -> Source:
+    """The same from tensors that are open already; they may lie on the meta device."""
+    if any(name.startswith("conditioner.embedders.") for name in tensors):
+        raise CheckpointError(f"{path} is SDXL; use a text-to-image model of SD 1 or SD 2")
+    if any("joint_blocks." in name for name in tensors):
+        raise CheckpointError(f"{path} is SD3; use a text-to-image model of SD 1 or SD 2")
+    inner = "model.diffusion_model.input_blocks."
+    first, cross = f"{inner}0.0.weight", f"{inner}1.1.transformer_blocks.0.attn2.to_k.weight"
+    for name in (first, cross):
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor {name} is missing; this is no Stable Diffusion 1 or 2 checkpoint")
+    context = tensors[cross].shape[-1]
+    refuse_other_families(tensors[first].shape[1], context, path)
+    second = context == SD2_UNET.cross_attention_dim
+    parts = layouts.split(tensors.items(), ema)
+    return Source(
+        layout="single file",
+        configs={
+            "text_encoder": SD2_TEXT if second else clip.CLIPTextConfig(),
+            "unet": SD2_UNET if second else unet.UNetConfig(),
+            "vae": vae.VAEConfig(),
+            "scheduler": scheduler.ScheduleConfig(),
+        },
+        tensors=parts,
+        files=dict.fromkeys(parts, [path]),
+        tokenizer=None,
+        prediction="" if second else "family",
+        defaults={},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- the hub
+
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def fetch(source: str, half: bool, ema: bool) -> Path:
+    """A hub id, optionally @revision, as a local folder: the needed files are fetched into huggingface_hub's cache
+    with its progress bars, and come from there when the hub cannot be reached. Raises CheckpointError."""
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    m = HUB_ID.fullmatch(source)
+    repository, revision = m["id"], m["revision"]
+    small = ["model_index.json", "magicmix.json", "scheduler/scheduler_config.json", "tokenizer/*"]
+    small += [f"{part}/config.json" for part in STEMS]
+    try:
+        facts = HfApi().model_info(repository, revision=revision, timeout=10)
+    except Exception as error:  # whatever the client's HTTP library of the day raises when there is no connection
+        if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
+            raise CheckpointError(f"hub id {source!r}: the hub answers {str(error).splitlines()[0]}") from None
+        cached = try_to_load_from_cache(repository, "unet/config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.parent
+        raise CheckpointError(
+            f"hub id {source!r} is not in the cache and the hub cannot be reached ({type(error).__name__}); "
+            "connect once, or give a folder"
+        ) from None
+    names, wanted = [file.rfilename for file in facts.siblings], []
+    for part, stem in STEMS.items():
+        order = [f"{stem}.fp16", stem] if half else [stem, f"{stem}.fp16"]
+        order = order if ema else [f"{stem}.non_ema", *order]
+        for name in order:
+            shards = re.compile(rf"{part}/{re.escape(name)}(-\d+-of-\d+)?\.safetensors")
+            if found := [n for n in names if shards.fullmatch(n)]:
+                wanted += found + [n for n in names if n.startswith(f"{part}/") and ".index." in n]
+                break
+        else:
+            raise CheckpointError(f"hub id {source!r} has no safetensors file for {part}; choose a repository that has")
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=small + wanted))
+
+
+def open_source(source: str | Path, half: bool, ema: bool) -> Source:
+    """Finds out what `source` is and opens it. Raises CheckpointError."""
+    path = Path(source)
+    if path.is_dir():
+        return open_folder(path, half, ema)
+    if path.exists() or path.suffix in {".safetensors", *PICKLES}:
+        return open_single_file(path, ema)
+    if HUB_ID.fullmatch(str(source)):
+        return open_folder(fetch(str(source), half, ema), half, ema)
+    raise CheckpointError(f"weights {str(source)!r} is no folder, no .safetensors file and no hub id")
+
+
+@torch.no_grad()
+def probe_prediction(model: unet.UNet2DConditionModel) -> tuple[str, float]:
+    """("epsilon" or "v_prediction", the number it was decided by) for a bare SD2 file, which does not say.
+
+    The test of the A1111 web UI: for a constant input of 0.5 at t = 999, a UNet that predicts epsilon returns about
+    its input (at that t it is nearly all noise), one that predicts v returns about -x0, far below. The mean of
+    output - input is compared with -1. Needs float32 and takes one small UNet call.
+    """
+    x = torch.full((1, model.config.in_channels, 8, 8), 0.5)
+    context = torch.full((1, 2, model.config.cross_attention_dim), 0.5)
+    device = model.conv_in.weight.device
+    exact = model if model.conv_in.weight.dtype == torch.float32 else None
+    if exact is None:
+        with torch.device("meta"):
+            exact = unet.UNet2DConditionModel(model.config)
+        exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()}, strict=True, assign=True)
+    output = exact(x.to(device), torch.tensor([999], device=device), context.to(device))
+    margin = (output - x.to(device)).mean().item()
+    return ("v_prediction" if margin < -1 else "epsilon"), margin
