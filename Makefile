@@ -7,7 +7,7 @@ PYTHON ?= python3
 .PHONY: mix test lint
 
 mix: .venv/ready
-	.venv/bin/python magicmix.py "a watermelon" --layout docs/layouts/handbag.png -o mix.png
+	.venv/bin/python magicmix.py "a tiger" --layout docs/layouts/trophy.png -o mix.png
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest

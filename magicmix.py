@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -133,7 +133,7 @@ class Noise:
     """Standard normal noise, drawn on the CPU in float32: one generator a picture, so that a picture depends on its
     seed alone, not on its batch or device. The first draw is eps; samplers that need noise draw on."""
 
-    def __init__(self, seeds: list[int], height: int, width: int, device: torch.device):
+    def __init__(self, seeds: Sequence[int], height: int, width: int, device: torch.device):
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.shape, self.device = (1, 4, height, width), device
 
@@ -155,7 +155,7 @@ def magicmix(
     reweight: dict[str, float] | None = None,
     sampler: str = "ddim",
     eta: float = 0.0,
-    seeds: list[int] = (0,),
+    seeds: Sequence[int] = (0,),
     size: tuple[int, int] | None = None,
 ) -> Iterator[Step]:
     """Mixes the content of a prompt into a layout: a generator of Steps, the last of which has k = 0.

@@ -150,10 +150,10 @@ def concepts_(studio: Studio) -> None:
 
 def hero(studio: Studio) -> None:
     """The picture at the top of the README: layout above, the mixture below."""
-    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger"), ("boot", "cactus"),
-             ("mug", "panda"), ("sofa", "pizza"), ("pear", "frog")]  # fmt: skip
+    cases = [("castle", "strawberry"), ("trophy", "tiger"), ("vase", "penguin"), ("handbag", "bee"), ("boot", "cactus"),
+             ("mug", "panda"), ("pear", "frog")]  # fmt: skip
     rows = [[file(name) for name, _ in cases], [studio.mix(f"a {p}", name)[0] for name, p in cases]]
-    write("hero", rows, [f"{name} + {p}" for name, p in cases])
+    write("hero", rows, [f"+ a {p}" for _, p in cases])
 
 
 SHEETS = {"hero": hero, "mixes": mixes, "nu": nu, "k_min": k_min, "k_max": k_max, "s": s, "text-text": text_text,

@@ -22,7 +22,7 @@ from weights import TINY
 VERSION = "0.42.1"  # of diffusers, whose layout this is and whose pipelines load it in the tests
 
 # What suits this checkpoint better than the general defaults, found on docs/ sheets.
-OPTIONS = {"guidance": 4.0, "k_max": 0.6, "k_min": 0.15, "nu": 0.6}
+OPTIONS = {"guidance": 4.0, "k_max": 0.6, "k_min": 0.15, "nu": 0.7}
 
 
 def write_json(path, value: dict) -> None:
