@@ -79,9 +79,22 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def on_meta():
+    """Modules built inside have shapes and no storage. Embeddings skip their random start, which would be thrown away:
+    on the meta device it imports torch's compiler, more than a second."""
+    reset = nn.Embedding.reset_parameters
+    nn.Embedding.reset_parameters = lambda self: None
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        nn.Embedding.reset_parameters = reset
+
+
 def build(part: str, source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """One part's network with its tensors, strictly."""
-    with torch.device("meta"):
+    with on_meta():
         model = MODELS[part](source.configs[part])
     # A 1 x 1 convolution and a linear layer are the same weights; re-saved files may have either rank.
     expected = model.state_dict()

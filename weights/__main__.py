@@ -12,9 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from weights import MODELS, layouts, sources
+from weights import MODELS, layouts, on_meta, sources
 
 
 def ignored(source: sources.Source) -> Counter:
@@ -51,7 +49,7 @@ def describe(given: str) -> list[str]:
     missing = []
     for part, model_class in MODELS.items():
         tensors = source.tensors[part]
-        with torch.device("meta"):
+        with on_meta():
             expected = model_class(source.configs[part]).state_dict()
         parameters = sum(math.prod(t.shape) for t in tensors.values())
         dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})) or "-"
