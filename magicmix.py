@@ -195,17 +195,20 @@ def magicmix(
     @torch.no_grad()
     def run() -> Iterator[Step]:
         under = partial(denoiser, models, schedule, step, negative, guidance, count)
-        eps = noise()
+        content, eps = under(prompt, reweight or {}), noise()
+        of_layout = None if isinstance(layout, Tensor) else under(layout, {})
+        models.release("text_encoder")  # all prompts are encoded
         if isinstance(layout, Tensor):
             x0 = encode(models, layout).expand(count, -1, -1, -1)
+            models.release("vae")  # until decoding
             layout_at = partial(schedule.add_noise, x0, eps)
         else:
             states = {steps: eps}
-            for state in trajectory(under(layout, {}), eps, steps, K_min):
+            for state in trajectory(of_layout, eps, steps, K_min):
                 states[state.k] = state.x
                 yield state
             layout_at = states.__getitem__
-        yield from mix(under(prompt, reweight or {}), layout_at, K_max, K_min, nu)
+        yield from mix(content, layout_at, K_max, K_min, nu)
 
     return watched(run())
 

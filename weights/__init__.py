@@ -12,6 +12,8 @@ import gzip
 import hashlib
 import io
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,14 +47,34 @@ class Checkpoint:
     """
 
     tokenizer: object
-    text_encoder: clip.CLIPTextModel
     unet: unet.UNet2DConditionModel
-    vae: vae.AutoencoderKL
     schedule: scheduler.ScheduleConfig
     defaults: dict
     identity: dict[str, str]
     device: torch.device
     dtype: torch.dtype
+    _parts: dict[str, nn.Module]  # text_encoder and vae, while they are mapped
+    _reopen: dict[str, Callable[[], nn.Module]]  # those that can be mapped again at no cost
+
+    @property
+    def text_encoder(self) -> clip.CLIPTextModel:
+        return self._part("text_encoder")
+
+    @property
+    def vae(self) -> vae.AutoencoderKL:
+        return self._part("vae")
+
+    def _part(self, name: str) -> nn.Module:
+        if name not in self._parts:
+            self._parts[name] = self._reopen[name]()
+        return self._parts[name]
+
+    def release(self, name: str) -> None:
+        """Unmaps a part ("text_encoder" or "vae") that is used in place from its file, so that its memory does not
+        stand beside the UNet's; the next use maps it again. One that was converted to another dtype or moved to a
+        device is kept: reading it again would cost more than it saves."""
+        if name in self._reopen:
+            self._parts.pop(name, None)
 
 
 def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
@@ -169,9 +191,7 @@ def load(
     Raises CheckpointError (a ValueError) when anything is missing, unknown or does not fit.
     """
     device = torch.device(device)
-    opened = open_source(source, dtype != torch.float32, ema)
-    if vae is not None:
-        opened.configs["vae"], opened.tensors["vae"], opened.files["vae"] = open_vae(Path(vae))
+    opened = opened_source(source, vae, dtype, ema)
     if not opened.tensors["vae"]:
         raise CheckpointError(f"{source} holds no VAE; give one with --vae")
     if upcast_attention is not None:
@@ -185,6 +205,11 @@ def load(
     else:
         kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
     second = opened.configs["text_encoder"].hidden_act == "gelu"
+    reopen = {
+        part: partial(reopened, part, source, vae, device, dtype, ema)
+        for part, kind in (("text_encoder", dtype), ("vae", torch.float32))
+        if device.type == "cpu" and all(t.dtype == kind for t in opened.tensors[part].values())
+    }
     return Checkpoint(
         tokenizer=load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>"),  # SD2 pads with id 0
         schedule=dataclasses.replace(opened.configs["scheduler"], prediction_type=kind),
@@ -192,5 +217,21 @@ def load(
         identity={part: fingerprint(opened.tensors[part]) for part in MODELS},
         device=device,
         dtype=dtype,
-        **models,
+        unet=models.pop("unet"),
+        _parts=models,
+        _reopen=reopen,
     )
+
+
+def reopened(part: str, source, vae, device: torch.device, dtype: torch.dtype, ema: bool) -> nn.Module:
+    """One part of a checkpoint that was loaded before."""
+    opened = opened_source(source, vae, dtype, ema)
+    return build(part, opened, torch.float32 if part == "vae" else dtype, device)
+
+
+def opened_source(source, vae, dtype: torch.dtype, ema: bool) -> Source:
+    """The source with the autoencoder that is to be used."""
+    opened = open_source(source, dtype != torch.float32, ema)
+    if vae is not None:
+        opened.configs["vae"], opened.tensors["vae"], opened.files["vae"] = open_vae(Path(vae))
+    return opened
