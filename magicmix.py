@@ -180,7 +180,7 @@ def magicmix(
     if reweight:
         token_weights(models.tokenizer, prompt, reweight)
     factor, count = models.vae.config.factor, len(seeds)
-    height, width = layout.shape[2:] if isinstance(layout, Tensor) else size or own_size(models)
+    height, width = layout.shape[2:] if isinstance(layout, Tensor) else size or models.size
     if height % factor or width % factor or min(height, width) < factor:
         raise ValueError(f"size {width}x{height} does not fit; both sides must be multiples of {factor}")
     schedule = Schedule(models.schedule, steps)
@@ -234,12 +234,6 @@ def decode(models: Checkpoint, x: Tensor) -> list[Image.Image]:
         raise FloatingPointError("the picture holds NaN or Inf after the VAE's decoder; the checkpoint is damaged")
     pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # the nearest grey level, as diffusers rounds
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def own_size(models: Checkpoint) -> tuple[int, int]:
-    """The (height, width) in pixels that the checkpoint was trained at."""
-    side = models.unet.config.sample_size * models.vae.config.factor
-    return side, side
 
 
 def in_steps(k_max: float, k_min: float, T: int) -> tuple[int, int]:
@@ -472,7 +466,7 @@ def run(given: dict) -> list[Path]:
     if before.get("checkpoint", models.identity) != models.identity:
         raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
     options = DEFAULTS | models.defaults | given
-    size = tuple(options["size"] or own_size(models))
+    size = tuple(options["size"] or models.size)
     if "layout" in given:
         source, (layout, digest) = "layout", open_layout(Path(given["layout"]), size)
         if before.get("layout_sha256", digest) != digest:

@@ -3,6 +3,7 @@
 The full-size files are sparse: a true header and a body of zeros that takes no disk, so their loading is real.
 """
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -59,6 +60,14 @@ def test_a_published_single_file_loads(family, name, tmp_path):
     assert models.unet.config.cross_attention_dim == (768 if family == "sd15" else 1024)
     assert models.tokenizer.pad_token_id == (49407 if family == "sd15" else 0)
     assert sum(p.numel() for p in models.unet.parameters()) == FACTS_PARAMETERS[family]
+
+
+@pytest.mark.parametrize(("prediction", "side"), [("auto", 512), ("v", 768)])
+def test_a_bare_sd2_file_is_probed(prediction, side, tmp_path):
+    """A UNet of zeros answers 0: 0.5 below its input, which is epsilon's side of the probe's -1."""
+    models = weights.load(published(tmp_path, "sd21", "v2-1_512-nonema-pruned.safetensors"), prediction=prediction)
+    assert models.schedule.prediction_type == ("epsilon" if side == 512 else "v_prediction")
+    assert models.size == (side, side)
 
 
 FACTS_PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724}
@@ -162,6 +171,14 @@ def test_prediction_and_upcast_can_be_forced(folder):
     assert upcast.mid_block.attentions[0].transformer_blocks[0].attn2.upcast
     with pytest.raises(ValueError, match="prediction 'x0' is not known"):
         weights.load(folder, prediction="x0")
+
+
+def test_sizes_come_from_the_config_but_not_from_the_first_wrong_ones(folder, tmp_path):
+    assert weights.load(folder).size == (128, 128)
+    path = published(tmp_path, "sd15", "v1-5-pruned-emaonly.safetensors")
+    models = weights.load(path)
+    models.unet.config = dataclasses.replace(models.unet.config, sample_size=32)  # as first published
+    assert models.size == (512, 512)
 
 
 def test_folders_of_pickles_and_of_other_models_are_refused(folder):

@@ -64,6 +64,14 @@ class Checkpoint:
     def vae(self) -> vae.AutoencoderKL:
         return self._part("vae")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained at."""
+        side = self.unet.config.sample_size
+        if self.unet.config.cross_attention_dim in (768, 1024):  # SD 1 and 2; early copies of 1.5's config say 32
+            side = max(side, 64)
+        return side * self.vae.config.factor, side * self.vae.config.factor
+
     def _part(self, name: str) -> nn.Module:
         if name not in self._parts:
             self._parts[name] = self._reopen[name]()
@@ -204,6 +212,8 @@ def load(
         kind = opened.configs["scheduler"].prediction_type if opened.prediction else probe_prediction(models["unet"])[0]
     else:
         kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+    if not opened.prediction and kind == "epsilon":  # of the bare SD2 files, those that predict v are the 768 px ones
+        models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
     second = opened.configs["text_encoder"].hidden_act == "gelu"
     reopen = {
         part: partial(reopened, part, source, vae, device, dtype, ema)
