@@ -223,15 +223,17 @@ def watched(steps: Iterator[Step]) -> Iterator[Step]:
 
 def encode(models: Checkpoint, picture: Tensor) -> Tensor:
     """A picture (B, 3, H, W) in [-1, 1] -> scaled latents x0: the posterior mean, so that no seed enters."""
-    return models.vae.encode(picture.to(models.device))[0] * models.vae.config.scaling_factor
+    vae = models.vae
+    return vae.encode(picture.to(vae.quant_conv.weight))[0].float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(models: Checkpoint, x: Tensor) -> list[Image.Image]:
     """Scaled latents (B, 4, H, W) -> pictures. Raises FloatingPointError when the VAE returns NaN or Inf."""
-    y = models.vae.decode(x / models.vae.config.scaling_factor)
+    vae = models.vae
+    y = vae.decode((x / vae.config.scaling_factor).to(vae.quant_conv.weight)).float()
     if not torch.isfinite(y).all():
-        raise FloatingPointError("the picture holds NaN or Inf after the VAE's decoder; the checkpoint is damaged")
+        raise FloatingPointError("the picture holds NaN or Inf after the VAE's decoder; use --vae-dtype fp32")
     pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # the nearest grey level, as diffusers rounds
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -328,7 +330,9 @@ def read_metadata(path: Path) -> dict:
     if not isinstance(metadata, dict) or not isinstance(metadata.get("parameters"), dict):
         raise ValueError(f"picture {str(path)!r} has no magicmix parameters; --again needs a picture that has")
     for name, value in metadata["parameters"].items():
-        if not isinstance(value, PARAMETERS.get(name, ())):
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        numbers = all(isinstance(number, (int, float)) for number in inner) and (name != "size" or len(inner) == 2)
+        if not isinstance(value, PARAMETERS.get(name, ())) or not numbers:
             raise ValueError(f"picture {str(path)!r} has a parameter that cannot be right: {name} = {value!r}")
     return metadata
 
@@ -372,9 +376,9 @@ PARAMETERS = {
     "prompt": str, "layout": str, "layout_prompt": str, "weights": str, "k_max": (int, float), "k_min": (int, float),
     "nu": (int, float), "steps": int, "guidance": (int, float), "negative": str, "reweight": dict, "sampler": str,
     "eta": (int, float), "seed": int, "size": list, "dtype": str, "vae": str, "no_ema": bool, "prediction": str,
-    "upcast_attention": str,
+    "upcast_attention": str, "vae_dtype": str,
 }  # fmt: skip
-LOADING = ("weights", "vae", "no_ema", "prediction", "upcast_attention")  # recorded where they were given
+LOADING = ("weights", "vae", "no_ema", "prediction", "upcast_attention", "vae_dtype")  # recorded where they were given
 
 
 def parse(argv: list[str]) -> dict:
@@ -415,6 +419,7 @@ def parse(argv: list[str]) -> dict:
     add("--size", type=parse_size, help="pixels of a side, or WIDTHxHEIGHT [the checkpoint's own]")
     add("--device", help="cpu, cuda, mps ... [auto: a GPU where there is one]")
     add("--dtype", choices=list(DTYPES), help="precision of the UNet [fp32 on a CPU, fp16 on a GPU]")
+    add("--vae-dtype", choices=list(DTYPES), help="precision of the VAE; fp16 overflows in some checkpoints [fp32]")
     add("--quiet", action="store_true", help="no progress bar, no messages")
     add("--again", metavar="PICTURE", help="make a picture again from the parameters in it; options override them")
     given = vars(parser.parse_args(argv))
@@ -432,6 +437,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
+
+
+def precision(name: str) -> torch.dtype:
+    """Raises ValueError for a name that is not in DTYPES; a picture's metadata may hold any."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not known; use {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def versions() -> dict[str, str]:
@@ -459,9 +471,10 @@ def run(given: dict) -> list[Path]:
     device = choose_device(given.get("device", DEFAULTS["device"]))
     dtype = given.get("dtype") or ("fp32" if device.type == "cpu" else "fp16")
     models = weights.load(
-        given.get("weights") or weights.TINY, device, DTYPES[dtype], vae=given.get("vae"),
+        given.get("weights") or weights.TINY, device, precision(dtype), vae=given.get("vae"),
         ema=not given.get("no_ema"), prediction=given.get("prediction", "auto"),
         upcast_attention={"on": True, "off": False}.get(given.get("upcast_attention")),
+        vae_dtype=precision(given.get("vae_dtype", "fp32")),
     )  # fmt: skip
     if before.get("checkpoint", models.identity) != models.identity:
         raise ValueError("the picture was made with another checkpoint; give its folder with --weights")

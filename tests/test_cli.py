@@ -49,7 +49,8 @@ def test_count_writes_one_picture_a_seed(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--sampler", "ddpm"], ["--eta", "1"], ["--dtype", "bf16"], ["--size", "96x64"],
-                                     ["--k-max", "0", "--k-min", "0"], ["--k-max", "1", "--k-min", "0"]])  # fmt: skip
+                                     ["--vae-dtype", "bf16"], ["--k-max", "0", "--k-min", "0"],
+                                     ["--k-max", "1", "--k-min", "0"]])  # fmt: skip
 def test_options_that_change_the_run(tmp_path, options):
     path = tmp_path / "mix.png"
     assert magicmix.main(["a tiger", "--layout", LAYOUT, *FAST, *options, "-o", str(path)]) == 0
@@ -103,11 +104,19 @@ def write_metadata(path, **parameters):
     Image.new("RGB", (8, 8)).save(path, pnginfo=info)
 
 
-@pytest.mark.parametrize("parameters", [{"output": "/tmp/x.png"}, {"prompt": 3}, {"device": "cuda"}, {"size": "64"}])
+@pytest.mark.parametrize("parameters", [{"output": "/tmp/x.png"}, {"prompt": 3}, {"device": "cuda"}, {"size": "64"},
+                                        {"size": [64]}, {"reweight": {"a": "b"}}])  # fmt: skip
 def test_metadata_may_set_parameters_only(tmp_path, parameters):
     write_metadata(tmp_path / "x.png", **parameters)
     with pytest.raises(ValueError, match="has a parameter that cannot be right"):
         magicmix.read_metadata(tmp_path / "x.png")
+
+
+def test_an_unknown_dtype_in_the_metadata_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_metadata("x.png", prompt="a tiger", layout_prompt="a house", dtype="fp8")
+    assert magicmix.main(["--again", "x.png"]) == 2
+    assert "dtype 'fp8' is not known; use fp32, fp16, bf16" in capsys.readouterr().err
 
 
 def test_a_changed_layout_is_noticed(tmp_path, monkeypatch, capsys):

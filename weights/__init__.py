@@ -13,7 +13,6 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ class Checkpoint:
     Attributes:
         tokenizer: transformers' CLIPTokenizer; model_max_length is L.
         text_encoder, unet: in the dtype asked for.
-        vae: always in float32: decoding in float16 overflows in the public models.
+        vae: in float32 unless asked otherwise: decoding in float16 overflows in some public models.
         schedule: the noise schedule's config.
         defaults: the checkpoint's own options for magicmix.py, from magicmix.json.
         identity: part -> fingerprint of its weights, for the picture's metadata.
@@ -183,6 +182,7 @@ def load(
     ema: bool = True,
     prediction: str = "auto",
     upcast_attention: bool | None = None,
+    vae_dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Loads a checkpoint.
 
@@ -190,11 +190,12 @@ def load(
         source: a folder in the diffusers layout, a single original-layout .safetensors file, or a hub id, optionally
             @revision; the default is the embedded checkpoint.
         device: where the models go.
-        dtype: of the text encoder and the UNet: float32, float16 or bfloat16. The VAE stays in float32.
+        dtype: of the text encoder and the UNet: float32, float16 or bfloat16.
         vae: an autoencoder of its own, a folder or a file; needed for single files that have none.
         ema: take the averaged weights where a file has both.
         prediction: "epsilon" or "v"; "auto" reads the scheduler config, or probes a bare SD2 file.
         upcast_attention: attention in float32; None follows the config.
+        vae_dtype: of the VAE; float16 overflows in some public models.
 
     Raises CheckpointError (a ValueError) when anything is missing, unknown or does not fit.
     """
@@ -206,7 +207,8 @@ def load(
         opened.configs["unet"] = dataclasses.replace(opened.configs["unet"], upcast_attention=upcast_attention)
     if prediction not in ("auto", "epsilon", "v"):
         raise ValueError(f"prediction {prediction!r} is not known; use auto, epsilon or v")
-    models = {part: build(part, opened, torch.float32 if part == "vae" else dtype, device) for part in MODELS}
+    dtypes = {"text_encoder": dtype, "unet": dtype, "vae": vae_dtype}
+    models = {part: build(part, opened, dtypes[part], device) for part in MODELS}
     check({}, opened.tensors.get("unknown", {}), str(source))
     if prediction == "auto":
         kind = opened.configs["scheduler"].prediction_type if opened.prediction else probe_prediction(models["unet"])[0]
@@ -216,9 +218,9 @@ def load(
         models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
     second = opened.configs["text_encoder"].hidden_act == "gelu"
     reopen = {
-        part: partial(reopened, part, source, vae, device, dtype, ema)
-        for part, kind in (("text_encoder", dtype), ("vae", torch.float32))
-        if device.type == "cpu" and all(t.dtype == kind for t in opened.tensors[part].values())
+        part: lambda part=part: build(part, opened_source(source, vae, dtype, ema), dtypes[part], device)
+        for part in ("text_encoder", "vae")
+        if device.type == "cpu" and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
     }
     return Checkpoint(
         tokenizer=load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>"),  # SD2 pads with id 0
@@ -231,12 +233,6 @@ def load(
         _parts=models,
         _reopen=reopen,
     )
-
-
-def reopened(part: str, source, vae, device: torch.device, dtype: torch.dtype, ema: bool) -> nn.Module:
-    """One part of a checkpoint that was loaded before."""
-    opened = opened_source(source, vae, dtype, ema)
-    return build(part, opened, torch.float32 if part == "vae" else dtype, device)
 
 
 def opened_source(source, vae, dtype: torch.dtype, ema: bool) -> Source:
