@@ -138,7 +138,7 @@ def build(part: str, source: Source, dtype: torch.dtype, device: torch.device) -
 
 def pointwise(a: torch.Size, b: torch.Size) -> bool:
     """Whether two shapes differ by a trailing (1, 1) only."""
-    return sorted((a, b), key=len)[1] == (*sorted((a, b), key=len)[0], 1, 1)
+    return a == (*b, 1, 1) or b == (*a, 1, 1)
 
 
 def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>"):
