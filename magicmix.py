@@ -9,6 +9,7 @@ it prepares its arguments, everything below it is the command line.
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -282,7 +283,7 @@ def open_layout(path: Path, size: tuple[int, int]) -> tuple[Tensor, str]:
     except OSError as error:
         raise ValueError(f"layout {str(path)!r} cannot be read: {error.strerror}") from None
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"layout {str(path)!r} is not a readable picture: {error}") from None
@@ -365,9 +366,9 @@ class Parser(argparse.ArgumentParser):
 
 # The general defaults; a checkpoint's magicmix.json may have better ones for itself.
 DEFAULTS = {
-    "output": "mix.png", "weights": None, "k_max": 0.6, "k_min": 0.3, "nu": 0.9, "steps": 50, "guidance": 7.5,
+    "output": "mix.png", "k_max": 0.6, "k_min": 0.3, "nu": 0.9, "steps": 50, "guidance": 7.5,
     "negative": "", "reweight": {}, "sampler": "ddim", "eta": 0.0, "seed": 0, "count": 1, "size": None,
-    "device": "auto", "dtype": None, "quiet": False,
+    "device": "auto",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The pictures of the README and the model card, made by the embedded checkpoint.
 
-    python -m docs.sheets            all of them, about six minutes on two cores
+    python -m docs.sheets            all of them; thirteen minutes on one core
     python -m docs.sheets nu s       only these
 
 docs/layouts holds the layouts: emoji that no training stage has seen (teapot, castle, handbag, pear, boot, sofa and
@@ -18,6 +18,7 @@ from training.data import concepts
 
 HERE = Path(__file__).parent
 SIDE, MARGIN, LABEL = 128, 4, 22
+BLANK = Image.new("RGB", (SIDE, SIDE), "white")
 
 
 class Studio:
@@ -25,19 +26,15 @@ class Studio:
 
     def __init__(self):
         self.models = weights.load()
-        self.options = {k: v for k, v in self.models.defaults.items() if k != "size"}
 
-    def layout(self, name: str):
-        return open_layout(HERE / "layouts" / f"{name}.png", (SIDE, SIDE))[0]
-
-    def mix(self, prompt: str, layout: str, **options) -> list[Image.Image]:
+    def mix(self, prompt: str, layout: str, **options) -> Image.Image:
         """Mixes into a file of docs/layouts, or, if there is none of that name, into that prompt."""
-        known = (HERE / "layouts" / f"{layout}.png").exists()
-        given = self.options | options
-        *_, last = magicmix(self.models, prompt, self.layout(layout) if known else layout, **given)
-        return decode(self.models, last.x)
+        path = HERE / "layouts" / f"{layout}.png"
+        source = open_layout(path, (SIDE, SIDE))[0] if path.exists() else layout
+        *_, last = magicmix(self.models, prompt, source, **(self.models.defaults | options))
+        return decode(self.models, last.x)[0]
 
-    def text_to_image(self, prompt: str, **options) -> list[Image.Image]:
+    def text_to_image(self, prompt: str, **options) -> Image.Image:
         """K_max = K_min = T: denoising starts at pure noise and nothing is mixed."""
         return self.mix(prompt, "", k_max=1.0, k_min=1.0, **options)
 
@@ -91,60 +88,54 @@ PROMPTS = ["tiger", "panda", "frog", "strawberry", "watermelon", "cactus", "donu
 
 def mixes(studio: Studio) -> None:
     """Ten layouts that were never trained on, eight prompts, the checkpoint's own options, seed 0."""
-    rows = [[file(name)] + [studio.mix(f"a {p}", name)[0] for p in PROMPTS] for name in LAYOUTS]
+    rows = [[file(name)] + [studio.mix(f"a {p}", name) for p in PROMPTS] for name in LAYOUTS]
     write("mixes", rows, ["layout", *(f"a {p}" for p in PROMPTS)], LAYOUTS)
 
 
-def nu(studio: Studio) -> None:
-    values = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+def sweep(studio: Studio, option: str, values: list[float], **fixed) -> None:
+    """One option across, three mixes down, as docs/OPTION.png."""
     cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
-    rows = [[file(name)] + [studio.mix(f"a {p}", name, nu=v)[0] for v in values] for name, p in cases]
-    write("nu", rows, ["layout", *(f"nu {v}" for v in values)], [f"a {p}" for _, p in cases])
+    rows = [[file(name)] + [studio.mix(f"a {p}", name, **{option: v}, **fixed) for v in values] for name, p in cases]
+    write(option, rows, ["layout", *(f"{option.replace('_', '-')} {v}" for v in values)], [f"a {p}" for _, p in cases])
+
+
+def nu(studio: Studio) -> None:
+    sweep(studio, "nu", [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 
 
 def k_min(studio: Studio) -> None:
-    values = [0.0, 0.06, 0.1, 0.14, 0.18, 0.24, 0.3, 0.4, 0.6]
-    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
-    rows = [[file(name)] + [studio.mix(f"a {p}", name, k_min=v)[0] for v in values] for name, p in cases]
-    write("k_min", rows, ["layout", *(f"k-min {v}" for v in values)], [f"a {p}" for _, p in cases])
+    sweep(studio, "k_min", [0.0, 0.06, 0.1, 0.14, 0.18, 0.24, 0.3, 0.4, 0.6])
 
 
 def k_max(studio: Studio) -> None:
     """With nu 0.9, so that the layout enters mostly through the noise at K_max."""
-    values = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
-    rows = [[file(name)] + [studio.mix(f"a {p}", name, k_max=v, nu=0.9)[0] for v in values] for name, p in cases]
-    write("k_max", rows, ["layout", *(f"k-max {v}" for v in values)], [f"a {p}" for _, p in cases])
+    sweep(studio, "k_max", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], nu=0.9)
 
 
 def s(studio: Studio) -> None:
     """The factor s on the concept's word: first plain text-to-image, then mixed into a layout."""
     values = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
-    cases = [("", "strawberry"), ("", "penguin"), ("", "tiger"), ("handbag", "watermelon"), ("castle", "strawberry"),
-             ("mug", "panda")]  # fmt: skip
-    rows = []
-    for name, p in cases:
-        make = (lambda v, n=name, p=p: studio.mix(f"a {p}", n, reweight={p: v})) if name else (
-            lambda v, p=p: studio.text_to_image(f"a {p}", reweight={p: v}))  # fmt: skip
-        first = file(name) if name else Image.new("RGB", (SIDE, SIDE), "white")
-        rows.append([first] + [make(v)[0] for v in values])
-    write("s", rows, ["layout", *(f"s {v:g}" for v in values)], [f"a {p}" for _, p in cases])
+    plain = ["strawberry", "penguin", "tiger"]
+    mixed = [("handbag", "watermelon"), ("castle", "strawberry"), ("mug", "panda")]
+    rows = [[BLANK] + [studio.text_to_image(f"a {p}", reweight={p: v}) for v in values] for p in plain]
+    rows += [[file(name)] + [studio.mix(f"a {p}", name, reweight={p: v}) for v in values] for name, p in mixed]
+    write("s", rows, ["layout", *(f"s {v:g}" for v in values)], [f"a {p}" for p in [*plain, *(p for _, p in mixed)]])
 
 
 def text_text(studio: Studio) -> None:
     """The layout comes from a prompt's own denoising; its plain picture stands first."""
     layouts, prompts = ["a car", "a house", "a 3d guitar", "a 3d elephant", "a crown"], PROMPTS[:6]
-    rows = [[studio.text_to_image(t)[0]] + [studio.mix(f"a {p}", t)[0] for p in prompts] for t in layouts]
+    rows = [[studio.text_to_image(t)] + [studio.mix(f"a {p}", t) for p in prompts] for t in layouts]
     write("text-text", rows, ["layout alone", *(f"a {p}" for p in prompts)], layouts)
 
 
 def concepts_(studio: Studio) -> None:
     """One plain text-to-image sample of every concept, seed 0, without choosing."""
     names = list(concepts())
-    pictures = [studio.text_to_image(f"a {name}", steps=30)[0] for name in names]
+    pictures = [studio.text_to_image(f"a {name}", steps=30) for name in names]
     across = 12
     rows = [pictures[i : i + across] for i in range(0, len(names), across)]
-    rows[-1] += [Image.new("RGB", (SIDE, SIDE), "white")] * (across - len(rows[-1]))
+    rows[-1] += [BLANK] * (across - len(rows[-1]))
     write("concepts", rows, [""] * across)
 
 
@@ -152,7 +143,7 @@ def hero(studio: Studio) -> None:
     """The picture at the top of the README: layout above, the mixture below."""
     cases = [("castle", "strawberry"), ("trophy", "tiger"), ("vase", "penguin"), ("handbag", "bee"), ("boot", "cactus"),
              ("mug", "panda"), ("pear", "frog")]  # fmt: skip
-    rows = [[file(name) for name, _ in cases], [studio.mix(f"a {p}", name)[0] for name, p in cases]]
+    rows = [[file(name) for name, _ in cases], [studio.mix(f"a {p}", name) for name, p in cases]]
     write("hero", rows, [f"+ a {p}" for _, p in cases])
 
 

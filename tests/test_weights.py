@@ -132,18 +132,21 @@ def test_half_precision_leaves_the_vae_in_float32(dtype):
     assert models.vae.quant_conv.weight.dtype == torch.float32
 
 
-def test_a_released_part_comes_back(folder):
-    """Only one that lies in its file as it is, in float32 here, is let go."""
+def test_a_released_part_comes_back(folder, monkeypatch):
+    """Only one that lies in its file as it is, in float32 here, is let go. It comes from that file alone: the source,
+    which may be a hub id, is not opened again."""
     for part in ("text_encoder", "vae"):
         change_tensors(folder, part, lambda state: state.update({k: v.float() for k, v in state.items()}))
     for source, mapped in ((folder, True), (TINY, False)):
         models = weights.load(source)
+        monkeypatch.setattr(weights, "open_source", None)
         for part in ("text_encoder", "vae"):
             before, kept = getattr(models, part), getattr(models, part).state_dict()
             models.release(part)
             after = getattr(models, part)
             assert (after is not before) == mapped
             assert all(torch.equal(kept[name], tensor) for name, tensor in after.state_dict().items())
+        monkeypatch.undo()
 
 
 def test_all_files_together_are_small():

@@ -1,6 +1,6 @@
 """What the embedded checkpoint can do, in numbers: the table of its model card.
 
-    python -m training.evaluate            about ten minutes on two cores
+    python -m training.evaluate            twelve minutes on one core
 
 Measures the exported weights/tiny, not a training state: judge on held-out pictures and on new renderings, judge on
 text-to-image samples of every concept (four seeds, "a NAME"), autoencoder PSNR on held-out pictures.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from clip import CLIPTextModel
+from magicmix import magicmix
 from scheduler import Schedule, ScheduleConfig
 from training import vae as vae_stage
 from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
@@ -21,6 +22,7 @@ from training.data import Pictures
 from training.text import TOKENIZER, text_config, tokenize
 from unet import UNet2DConditionModel, UNetConfig
 from vae import AutoencoderKL
+from weights import Checkpoint
 
 CONFIG = UNetConfig(
     block_out_channels=(96, 128, 160),
@@ -125,18 +127,14 @@ def main() -> None:
     save_file(trainer.averaged(), RUNS / "unet" / "average.safetensors")
     load_average("unet", model)
 
-    @torch.no_grad()
-    def sample(prompts: list[str], guidance: float = 4.0, steps: int = 30) -> Tensor:
-        schedule = Schedule(ScheduleConfig(), steps)
-        context = torch.cat([empty.expand(len(prompts), -1, -1), encoder(tokenize(tokenizer, prompts).to(args.device))])
-        x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(args.device)
-        for k in range(steps, 0, -1):
-            t = torch.full((2 * len(x),), schedule.t[k], device=args.device)
-            uncond, cond = model(torch.cat([x, x]), t, context).chunk(2)
-            x, _ = schedule.ddim(x, uncond + guidance * (cond - uncond), k)
-        return vae.decode(x / vae.config.scaling_factor)
-
-    sheet(sample([f"a {p}" for p in PROMPTS] + [f"a 3d {p}" for p in PROMPTS]), 12, RUNS / "unet" / "sheet.png")
+    trained = Checkpoint(tokenizer=tokenizer, unet=model, schedule=ScheduleConfig(), defaults={}, identity={},
+                         device=args.device, dtype=torch.float32, _parts={"text_encoder": encoder, "vae": vae},
+                         _reopen={})  # fmt: skip
+    samples = []
+    for prompt in [f"a {p}" for p in PROMPTS] + [f"a 3d {p}" for p in PROMPTS]:
+        *_, last = magicmix(trained, prompt, "", k_max=1.0, k_min=1.0, steps=30, guidance=4.0)  # plain text-to-image
+        samples.append(vae.decode(last.x / vae.config.scaling_factor))
+    sheet(torch.cat(samples), 12, RUNS / "unet" / "sheet.png")
 
 
 if __name__ == "__main__":

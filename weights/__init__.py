@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import clip
 import scheduler
 import unet
 import vae
-from weights.sources import CheckpointError, Source, open_source, open_vae, probe_prediction
+from weights.sources import CheckpointError, open_source, open_vae, part_tensors, probe_prediction
 
 __all__ = ["TINY", "Checkpoint", "CheckpointError", "load"]
 
@@ -121,17 +122,17 @@ def on_meta():
         nn.Embedding.reset_parameters = reset
 
 
-def build(part: str, source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """One part's network with its tensors, strictly."""
+def build(part: str, config, tensors: dict[str, Tensor], files: list[Path], dtype, device: torch.device) -> nn.Module:
+    """One part's network with its tensors, strictly; `files` are named when they do not fit."""
     with on_meta():
-        model = MODELS[part](source.configs[part])
+        model = MODELS[part](config)
     # A 1 x 1 convolution and a linear layer are the same weights; re-saved files may have either rank.
     expected = model.state_dict()
     found = {
         name: t.reshape(expected[name].shape) if name in expected and pointwise(t.shape, expected[name].shape) else t
-        for name, t in source.tensors[part].items()
+        for name, t in tensors.items()
     }
-    check(expected, found, ", ".join(map(str, source.files[part])))
+    check(expected, found, ", ".join(map(str, files)))
     model.load_state_dict({name: t.to(device, dtype) for name, t in found.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -200,7 +201,9 @@ def load(
     Raises CheckpointError (a ValueError) when anything is missing, unknown or does not fit.
     """
     device = torch.device(device)
-    opened = opened_source(source, vae, dtype, ema)
+    opened = open_source(source, dtype != torch.float32, ema)
+    if vae is not None:
+        opened.configs["vae"], opened.tensors["vae"], opened.files["vae"] = open_vae(Path(vae))
     if not opened.tensors["vae"]:
         raise CheckpointError(f"{source} holds no VAE; give one with --vae")
     if upcast_attention is not None:
@@ -208,7 +211,10 @@ def load(
     if prediction not in ("auto", "epsilon", "v"):
         raise ValueError(f"prediction {prediction!r} is not known; use auto, epsilon or v")
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": vae_dtype}
-    models = {part: build(part, opened, dtypes[part], device) for part in MODELS}
+    models = {
+        part: build(part, opened.configs[part], opened.tensors[part], opened.files[part], dtypes[part], device)
+        for part in MODELS
+    }
     check({}, opened.tensors.get("unknown", {}), str(source))
     if prediction == "auto":
         kind = opened.configs["scheduler"].prediction_type if opened.prediction else probe_prediction(models["unet"])[0]
@@ -218,9 +224,11 @@ def load(
         models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
     second = opened.configs["text_encoder"].hidden_act == "gelu"
     reopen = {
-        part: lambda part=part: build(part, opened_source(source, vae, dtype, ema), dtypes[part], device)
+        part: partial(reopened, part, opened.configs[part], opened.files[part], dtypes[part])
         for part in ("text_encoder", "vae")
-        if device.type == "cpu" and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
+        # Only what lies in files of its own, in a folder: a single file stays mapped for the UNet anyway.
+        if opened.layout == "folder" and (part != "vae" or vae is None) and device.type == "cpu"
+        and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
     }
     return Checkpoint(
         tokenizer=load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>"),  # SD2 pads with id 0
@@ -235,9 +243,6 @@ def load(
     )
 
 
-def opened_source(source, vae, dtype: torch.dtype, ema: bool) -> Source:
-    """The source with the autoencoder that is to be used."""
-    opened = open_source(source, dtype != torch.float32, ema)
-    if vae is not None:
-        opened.configs["vae"], opened.tensors["vae"], opened.files["vae"] = open_vae(Path(vae))
-    return opened
+def reopened(part: str, config, files: list[Path], dtype: torch.dtype) -> nn.Module:
+    """One part of a folder that was loaded before, from its own files: no other part and no hub is asked."""
+    return build(part, config, part_tensors(part, files), files, dtype, torch.device("cpu"))

@@ -17,24 +17,19 @@ from weights import MODELS, layouts, on_meta, sources
 
 def ignored(source: sources.Source) -> Counter:
     """reason -> how many tensors of the files are left unread for it."""
+    if source.layout == "folder":
+        placed = [(sources.LAYOUTS[part], name, t) for part, files in source.files.items() for f in files
+                  for name, t in sources.read_tensors(f).items()]  # fmt: skip
+    else:
+        (path,) = set(sum(source.files.values(), []))
+        placed = [(*layouts.place(name)[1:], t) for name, t in sources.read_tensors(path).items()]
     reasons = Counter()
-    for part, files in source.files.items():
-        if source.layout == "folder":
-            read = [(sources.LAYOUTS[part], name, t) for f in files for name, t in sources.read_tensors(f).items()]
-        elif part == "unet":  # one file has all parts: count once
-            read = []
-            for name, tensor in sources.read_tensors(files[0]).items():
-                prefix = next((p for p in layouts.SINGLE_FILE if name.startswith(p)), None)
-                if name in layouts.IGNORED:
-                    reasons[layouts.IGNORED[name]] += 1
-                elif prefix:
-                    read.append((layouts.SINGLE_FILE[prefix][1], name.removeprefix(prefix), tensor))
-        else:
-            continue
-        for layout, name, tensor in read:
-            if not layout(name, tensor):
-                full = name if name.startswith("text_model.") else f"text_model.{name}"
-                reasons[layouts.IGNORED.get(full, "what SD2 does not read of its text tower")] += 1
+    for layout, name, tensor in placed:
+        if name in layouts.IGNORED:
+            reasons[layouts.IGNORED[name]] += 1
+        elif not layout(name, tensor):
+            full = f"text_model.{name}"  # as files without that prefix leave it off
+            reasons[layouts.IGNORED.get(full, "what SD2 does not read of its text tower")] += 1
     return reasons
 
 

@@ -149,19 +149,24 @@ def split(items: Iterable[tuple[str, Tensor]], ema: bool = True) -> dict[str, di
     averaged = {averaged_name(name): name for name in items if name.startswith("model.diffusion_model.")}
     has_copy = sum(name.startswith("model_ema.") for name in items) > 100
     for name, tensor in items.items():
-        prefix = next((p for p in SINGLE_FILE if name.startswith(p)), None)
         if name in IGNORED or name in averaged:
             continue
-        if prefix is None:
-            parts["unknown"][name] = tensor
-            continue
-        part, layout = SINGLE_FILE[prefix]
+        part, layout, inner = place(name)
         if part == "unet" and has_copy and ema:
             if averaged_name(name) not in items:
                 continue  # the strict check will name it
             tensor = items[averaged_name(name)]
-        parts[part].update(layout(name.removeprefix(prefix), tensor))
+        parts[part].update(layout(inner, tensor))
     return parts
+
+
+def place(name: str) -> tuple[str, Callable[[str, Tensor], Pairs], str]:
+    """Where a single file's tensor belongs: its part, that part's layout, and its name without the prefix. What
+    belongs to no part is "unknown" and keeps its name."""
+    for prefix, (part, layout) in SINGLE_FILE.items():
+        if name.startswith(prefix):
+            return part, layout, name.removeprefix(prefix)
+    return "unknown", diffusers_unet, name
 
 
 def averaged_name(name: str) -> str:
