@@ -33,6 +33,9 @@ class CLIPTextConfig:
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not known; use one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads}")
 
 
 class CLIPEmbeddings(nn.Module):

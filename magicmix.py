@@ -7,14 +7,24 @@ k counts the sampler steps that are left: k = T is pure noise, k = 0 is clean. `
 it prepares its arguments, everything below it is the command line.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # before the slow imports, which can be interrupted too; 128 + the signal, as shells count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
-import sys
+import re
+import struct
 import tempfile
+import traceback
+import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+import torch.nn.functional as F
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 import weights
@@ -30,6 +41,8 @@ from scheduler import Schedule
 from weights import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Beyond any use of these models; a slip or a hostile file asks for terabytes.
+MOST_SIDE, MOST_PICTURES = 4096, 1000
 OVERFLOW = "if the checkpoint is sound, --dtype fp32 or bf16 or --upcast-attention on avoids the overflow"
 
 
@@ -74,6 +87,14 @@ def token_weights(tokenizer, prompt: str, factors: dict[str, float]) -> Tensor:
         for i in places:
             s[1 + i : 1 + i + len(tokens)] = factor  # 1 +: the start token
     return s
+
+
+def cut_off(tokenizer, prompt: str) -> str:
+    """The end of a prompt that lies beyond the tokenizer's L tokens and is not read; "" for most prompts."""
+    encoded = tokenizer(prompt, return_offsets_mapping=True, verbose=False)  # no warning: it is what is asked here
+    places = encoded.offset_mapping[1:-1]  # without start and end token
+    unread = places[tokenizer.model_max_length - 2 :]
+    return prompt[unread[0][0] :] if unread else ""
 
 
 def denoiser(models: Checkpoint, schedule: Schedule, step: Callable, negative: str, guidance: float, count: int,
@@ -177,11 +198,13 @@ def magicmix(
     Raises ValueError for a value out of range, before any step, and FloatingPointError at a step whose latents are
     not finite.
     """
-    check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight or {})
+    height, width = layout.shape[2:] if isinstance(layout, Tensor) else size or models.size
+    prompts = [prompt, layout] if isinstance(layout, str) else [prompt]
+    check(prompts, seeds, (height, width), k_max=k_max, k_min=k_min, nu=nu, steps=steps, guidance=guidance,
+          negative=negative, reweight=reweight or {}, sampler=sampler, eta=eta)  # fmt: skip
     if reweight:
         token_weights(models.tokenizer, prompt, reweight)
     factor, count = models.vae.config.factor, len(seeds)
-    height, width = layout.shape[2:] if isinstance(layout, Tensor) else size or models.size
     if height % factor or width % factor or min(height, width) < factor:
         raise ValueError(f"size {width}x{height} does not fit; both sides must be multiples of {factor}")
     schedule = Schedule(models.schedule, steps)
@@ -244,8 +267,11 @@ def in_steps(k_max: float, k_min: float, T: int) -> tuple[int, int]:
     return round(k_max * T), round(k_min * T)
 
 
-def check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight) -> None:
+def check(prompts, seeds, size, *, k_max, k_min, nu, steps, guidance, negative, reweight, sampler, eta) -> None:
     """Raises ValueError with the first offending value and the range that would be right."""
+    for text in (*prompts, negative, *reweight):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{text!r} holds half a character (a surrogate); write prompts in UTF-8")
     if not 1 <= steps <= 999:
         raise ValueError(f"steps {steps} is out of range; use 1 to 999")
     for name, value in (("k-max", k_max), ("k-min", k_min), ("nu", nu), ("eta", eta)):
@@ -255,96 +281,155 @@ def check(k_max, k_min, nu, steps, guidance, eta, sampler, seeds, reweight) -> N
         raise ValueError(f"k-min {k_min} is above k-max {k_max}; mixing runs from k-max down to k-min")
     if not (math.isfinite(guidance) and guidance >= 0):
         raise ValueError(f"guidance {guidance} is out of range; use a number from 0 on (1: no guidance)")
-    if sampler not in ("ddim", "ddpm"):
+    if sampler not in CHOICES["sampler"]:
         raise ValueError(f"sampler {sampler!r} is not known; use ddim or ddpm")
-    if not seeds:
-        raise ValueError("count 0 makes no picture; use 1 or more")
+    check_count(len(seeds))
     for seed in seeds:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed {seed} is out of range; use 0 to 2^64 - 1")
     for word, factor in reweight.items():
         if not math.isfinite(factor):
             raise ValueError(f"reweight {word}={factor} is not a finite number; -2 to 2 is the useful range")
+    if not all(1 <= side <= MOST_SIDE for side in size):
+        raise ValueError(f"size {size[1]}x{size[0]} is out of range; use sides of up to {MOST_SIDE} pixels")
+
+
+def check_count(count: int) -> None:
+    if not 1 <= count <= MOST_PICTURES:
+        raise ValueError(f"count {count} is out of range; use 1 or more, at most {MOST_PICTURES}")
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def open_layout(path: Path, size: tuple[int, int]) -> tuple[Tensor, str]:
-    """A picture file as (1, 3, H, W) in [-1, 1] and its sha256.
+# Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
 
-    EXIF rotation is applied, transparency is laid on white, and the picture is resized to cover `size` = (height,
-    width) and centre-cropped to it. Raises FileNotFoundError or ValueError.
+
+def open_layout(path: Path) -> tuple[Image.Image, str, bool]:
+    """A picture file -> the picture as RGB, the sha256 of the file, and whether it holds more pictures than this, the
+    first one.
+
+    EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted, and transparency is
+    laid on white; colour profiles are not read. Raises FileNotFoundError, or ValueError for anything but a picture of
+    8 or 16 bits and of fewer than 89 million pixels (Pillow's bound against decompression bombs).
     """
+    if not path.exists():
+        raise FileNotFoundError(f"layout {str(path)!r} does not exist; give a picture file")
+    if not path.is_file():  # a pipe or a device could be read for ever
+        raise ValueError(f"layout {str(path)!r} cannot be read: it is not a file; give a picture file")
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"layout {str(path)!r} does not exist; give a picture file") from None
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "corrupt EXIF data"
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with Image.open(file, formats=FORMATS) as opened:
+                more = getattr(opened, "is_animated", False)
+                picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.mode in ("I", "F", "LAB"):
+            raise ValueError(f"its pixels are of the kind {picture.mode}")
+        picture = picture.convert("RGBA")
+    except UnidentifiedImageError:
+        raise ValueError(f"layout {str(path)!r} is not a readable picture; use {', '.join(FORMATS)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever their parsing of a broken file trips over
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it as PNG anew") from error
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), digest, more
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture as (1, 3, H, W) in [-1, 1]: resized to cover `size` = (height, width) and centre-cropped to it."""
+    pixels = np.array(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def check_output(path: Path) -> None:
+    """Raises ValueError or OSError when no picture can be written to `path`, before there is one."""
+    if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:
+        raise ValueError(f"output {str(path)!r} would hold a PNG; let its name end in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"output folder {str(path.parent)!r} does not exist; make it first")
+    if path.exists() and not path.is_file():  # a folder; /dev/null, which must not be replaced
+        raise ValueError(f"output {str(path)!r} is not a file; give a name for the picture")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ValueError(f"layout {str(path)!r} cannot be read: {error.strerror}") from None
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"layout {str(path)!r} is not a readable picture: {error}") from None
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
-    return pixels / 127.5 - 1, hashlib.sha256(data).hexdigest()
+        reason = f"cannot be written to: {error.strerror}"
+        raise ValueError(f"output folder {str(path.parent)!r} {reason}; choose another with -o") from error
 
 
 def save(picture: Image.Image, path: Path, metadata: dict) -> None:
-    """Writes a PNG with the parameters as text; beside the old file first, so that a failure leaves that one whole."""
+    """Writes a PNG with the parameters as text: beside the old file first, so that whatever happens, `path` holds the
+    old picture or the new one, whole. Raises OSError."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("magicmix", json.dumps(metadata, ensure_ascii=False, sort_keys=True))
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        try:
+    info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
+    temporary = path.with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
             picture.save(file, format="PNG", pnginfo=info)
-            file.close()
-            os.chmod(file.name, 0o666 & ~umask())
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-
-
-def umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            file.flush()
+            os.fsync(file.fileno())  # the content before the name: a power cut must not leave an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}"
+        raise OSError(f"output {str(path)!r} {reason}; choose another place with -o") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict:
-    """The parameters in a picture that this program made. Raises FileNotFoundError or ValueError."""
+    """The parameters in a picture that this program made; their types are checked. Raises FileNotFoundError or
+    ValueError."""
+    if not path.exists():
+        raise FileNotFoundError(f"picture {str(path)!r} does not exist; --again needs a magicmix picture")
+    if not path.is_file():
+        raise ValueError(f"picture {str(path)!r} cannot be read: it is not a file; --again needs a magicmix picture")
     try:
-        with Image.open(path) as file:
-            file.load()
-            text = file.info.get("magicmix")
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("PNG",)) as picture:  # reads up to the pixels, which are not needed
+                text = picture.info.get("magicmix")
+        if text and len(text) > MOST_TEXT:
+            raise ValueError(f"its parameters have {len(text):,} characters")
         metadata = json.loads(text) if text else None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"picture {str(path)!r} does not exist; --again needs a magicmix picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {str(path)!r} cannot be read: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"picture {str(path)!r} is not a readable PNG; --again needs a magicmix picture") from None
+    except (OSError, SyntaxError, ValueError, RecursionError, struct.error) as error:
+        raise ValueError(f"picture {str(path)!r} cannot be read: {error}; --again needs a magicmix picture") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("parameters"), dict):
         raise ValueError(f"picture {str(path)!r} has no magicmix parameters; --again needs a picture that has")
-    for name, value in metadata["parameters"].items():
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        numbers = all(isinstance(number, (int, float)) for number in inner) and (name != "size" or len(inner) == 2)
-        if not isinstance(value, PARAMETERS.get(name, ())) or not numbers:
-            raise ValueError(f"picture {str(path)!r} has a parameter that cannot be right: {name} = {value!r}")
+    check_types(metadata["parameters"], f"picture {str(path)!r}")
     return metadata
+
+
+def check_types(parameters: dict, where: str) -> None:
+    """Raises ValueError for a parameter from a file that may not stand there, or with a value of another type."""
+    for name, value in parameters.items():
+        kind = PARAMETERS.get(name, ())
+        if isinstance(value, bool):
+            right = kind is bool
+        elif isinstance(value, dict):
+            right = kind is dict and all(type(factor) in (int, float) for factor in value.values())
+        elif isinstance(value, list):
+            right = kind is list and len(value) == 2 and all(type(side) is int for side in value)
+        else:
+            right = isinstance(value, kind)
+        if not right:
+            raise ValueError(f"{where} has a parameter that cannot be right: {name} = {value!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{where}: {name} {value!r} is not known; use {', '.join(CHOICES[name])}")
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """'512' or 'WIDTHxHEIGHT' -> (height, width)."""
-    try:
-        width, height = (int(n) for n in (text.lower().split("x") * 2)[:2])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number of pixels or WIDTHxHEIGHT") from None
-    return height, width
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 10 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number of pixels or WIDTHxHEIGHT")
+    return int(sides[-1]), int(sides[0])
 
 
 def parse_factor(text: str) -> tuple[str, float]:
@@ -361,7 +446,7 @@ def parse_factor(text: str) -> tuple[str, float]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"magicmix: {message}\n")  # one line, without the usage
+        self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
 
 
 # The general defaults; a checkpoint's magicmix.json may have better ones for itself.
@@ -379,6 +464,11 @@ PARAMETERS = {
     "eta": (int, float), "seed": int, "size": list, "dtype": str, "vae": str, "no_ema": bool, "prediction": str,
     "upcast_attention": str, "vae_dtype": str,
 }  # fmt: skip
+CHOICES = {"sampler": ("ddim", "ddpm"), "dtype": tuple(DTYPES), "vae_dtype": tuple(DTYPES),
+           "prediction": ("auto", "epsilon", "v"), "upcast_attention": ("auto", "on", "off")}  # fmt: skip
+NUMBERS = ("k_max", "k_min", "nu", "steps", "guidance", "negative", "reweight", "sampler", "eta")
+LAYOUTS = {"layout", "layout_prompt"}
+MOST_TEXT = 1 << 18  # characters of metadata; three prompts as long as a command line can be have fewer
 LOADING = ("weights", "vae", "no_ema", "prediction", "upcast_attention", "vae_dtype")  # recorded where they were given
 
 
@@ -401,8 +491,8 @@ def parse(argv: list[str]) -> dict:
         ".safetensors file, or a hub id, optionally @revision [the embedded one]")  # fmt: skip
     add("--vae", metavar="PATH", help="another autoencoder, a folder or a file [the checkpoint's]")
     add("--no-ema", action="store_true", help="the raw weights, where a file has averaged ones too")
-    add("--prediction", choices=["auto", "epsilon", "v"], help="what the UNet predicts [auto: its config, or a probe]")
-    add("--upcast-attention", choices=["auto", "on", "off"], help="attention in float32 [auto: the config]")
+    add("--prediction", choices=CHOICES["prediction"], help="what the UNet predicts [auto: its config, or a probe]")
+    add("--upcast-attention", choices=CHOICES["upcast_attention"], help="attention in float32 [auto: the config]")
     add("--k-max", type=float, help="K_max as a fraction of the steps: where denoising starts. Higher: less of the "
         "layout's detail stays [0.6]")  # fmt: skip
     add("--k-min", type=float, help="K_min as a fraction of the steps: where mixing stops. Lower: more of the "
@@ -413,7 +503,7 @@ def parse(argv: list[str]) -> dict:
     add("--negative", metavar="TEXT", help="what to move away from, in place of the empty prompt [empty]")
     add("--reweight", metavar="WORD=S", type=parse_factor, action="append",
         help="multiply the cross-attention to a word of the prompt by S; 0 or less removes it; repeatable")  # fmt: skip
-    add("--sampler", choices=["ddim", "ddpm"], help="the sampler [ddim]")
+    add("--sampler", choices=CHOICES["sampler"], help="the sampler [ddim]")
     add("--eta", type=float, help="DDIM's noise, 0 (deterministic) to 1 [0]")
     add("--seed", type=int, help="the seed of the first picture's noise eps [0]")
     add("--count", type=int, metavar="N", help="variations, with seeds SEED to SEED + N - 1, in one batch [1]")
@@ -421,7 +511,8 @@ def parse(argv: list[str]) -> dict:
     add("--device", help="cpu, cuda, mps ... [auto: a GPU where there is one]")
     add("--dtype", choices=list(DTYPES), help="precision of the UNet [fp32 on a CPU, fp16 on a GPU]")
     add("--vae-dtype", choices=list(DTYPES), help="precision of the VAE; fp16 overflows in some checkpoints [fp32]")
-    add("--quiet", action="store_true", help="no progress bar, no messages")
+    add("--quiet", action="store_true", help="no progress bar, no messages but the paths that --again follows")
+    add("--debug", action="store_true", help="show the traceback of an error as well")
     add("--again", metavar="PICTURE", help="make a picture again from the parameters in it; options override them")
     given = vars(parser.parse_args(argv))
     if "reweight" in given:
@@ -434,16 +525,21 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); use cpu, or auto for what is there") from error
     return torch.device(name)
 
 
-def precision(name: str) -> torch.dtype:
-    """Raises ValueError for a name that is not in DTYPES; a picture's metadata may hold any."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not known; use {', '.join(DTYPES)}")
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """Raises ValueError when the device cannot compute in that precision."""
+    try:
+        x = torch.ones(1, 4, 4, 4, device=device, dtype=DTYPES[name])
+        F.conv2d(x, x).item()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"dtype {name} cannot be used on device {str(device)!r} ({reason}); use fp32") from error
     return DTYPES[name]
 
 
@@ -453,57 +549,77 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors", "pillow", "numpy")}
 
 
-def run(given: dict) -> list[Path]:
-    """Does what the command line asks for and returns the pictures' paths. Raises ValueError or OSError."""
-    before = {}
-    if "again" in given:
-        before = read_metadata(Path(given["again"]))
-        given = before["parameters"] | given
+def recall(asked: dict) -> tuple[dict, dict]:
+    """The metadata of the picture to make again, and its parameters overridden by the options asked for."""
+    before = read_metadata(Path(asked["again"]))
+    recorded = before["parameters"]
+    if asked.keys() & LAYOUTS:  # a layout of either kind replaces the recorded one
+        recorded = {name: value for name, value in recorded.items() if name not in LAYOUTS}
+    for name in ("layout", "weights", "vae"):
+        if name in recorded and name not in asked:  # a path that comes from a file is shown before it is followed
+            print(f"{name}: {one_line(recorded[name])}")
+    return before, recorded | asked
+
+
+def run(asked: dict) -> list[Path]:
+    """Does what the command line asks for and returns the pictures' paths. Raises ValueError or OSError for what is
+    wrong with it, as far as possible before the checkpoint is loaded and in any case before the first step;
+    FloatingPointError as magicmix() does."""
+    before, given = recall(asked) if "again" in asked else ({}, asked)
     if "prompt" not in given:
         raise ValueError("the content prompt is missing; give it as the first argument")
-    if ("layout" in given) == ("layout_prompt" in given):
+    if len(given.keys() & LAYOUTS) != 1:
         raise ValueError("give one of --layout IMAGE and --layout-prompt TEXT")
-    quiet, output = given.get("quiet", False), Path(given.get("output", DEFAULTS["output"]))
-    if not output.parent.is_dir():
-        raise ValueError(f"output folder {str(output.parent)!r} does not exist; make it first")
-    if before and not quiet:  # a path that comes from a file is shown before it is followed
-        print(*(f"{name}: {given[name]}" for name in ("layout", "weights", "vae") if name in given), sep="\n")
-
-    device = choose_device(given.get("device", DEFAULTS["device"]))
+    quiet = given.get("quiet", False)
+    options = DEFAULTS | {"k_max": 1.0, "k_min": 0.0} | given  # what was not given may yet come from the checkpoint
+    prompts = {name: given[name] for name in ("prompt", "layout_prompt", "negative") if name in given}
+    check_count(options["count"])  # before as many seeds are listed
+    seeds = range(options["seed"], options["seed"] + options["count"])
+    check(prompts.values(), seeds, options["size"] or (1, 1), **{name: options[name] for name in NUMBERS})
+    output = Path(options["output"])
+    paths = [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds] if len(seeds) > 1 else [output]
+    for path in paths:
+        check_output(path)
+    picture = digest = None
+    if "layout" in given:
+        picture, digest, more = open_layout(Path(given["layout"]))
+        if "layout" not in asked and before.get("layout_sha256", digest) != digest:
+            raise ValueError(f"layout {given['layout']!r} has changed; give the picture to use with --layout")
+        if more and not quiet:
+            print("layout: it holds more than one picture; the first is used")
+    device = choose_device(options["device"])
     dtype = given.get("dtype") or ("fp32" if device.type == "cpu" else "fp16")
+
     models = weights.load(
-        given.get("weights") or weights.TINY, device, precision(dtype), vae=given.get("vae"),
+        given.get("weights") or weights.TINY, device, precision(dtype, device), vae=given.get("vae"),
         ema=not given.get("no_ema"), prediction=given.get("prediction", "auto"),
         upcast_attention={"on": True, "off": False}.get(given.get("upcast_attention")),
-        vae_dtype=precision(given.get("vae_dtype", "fp32")),
+        vae_dtype=precision(given.get("vae_dtype", "fp32"), device),
     )  # fmt: skip
     if before.get("checkpoint", models.identity) != models.identity:
         raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
+    check_types(models.defaults, "magicmix.json")
     options = DEFAULTS | models.defaults | given
-    size = tuple(options["size"] or models.size)
-    if "layout" in given:
-        source, (layout, digest) = "layout", open_layout(Path(given["layout"]), size)
-        if before.get("layout_sha256", digest) != digest:
-            raise ValueError(f"layout {given['layout']!r} has changed; give the picture that was used with --layout")
-    else:
-        source, layout, digest = "layout_prompt", given["layout_prompt"], None
-
-    seeds = list(range(options["seed"], options["seed"] + options["count"]))
-    numbers = {name: options[name] for name in ("k_max", "k_min", "nu", "steps", "guidance", "negative", "reweight",
-                                                "sampler", "eta")}  # fmt: skip
+    height, width = size = tuple(options["size"] or models.size)
+    if not quiet:
+        if picture and picture.size != (width, height):
+            print(f"layout: resized and centre-cropped from {picture.width}x{picture.height} to {width}x{height}")
+        for name, prompt in prompts.items():
+            if unread := cut_off(models.tokenizer, prompt):
+                print(f"{name}: beyond {models.tokenizer.model_max_length} tokens, cut off: {one_line(unread)}")
+    layout = fit(picture, size) if picture else given["layout_prompt"]
+    numbers = {name: options[name] for name in NUMBERS}
     mixing = magicmix(models, given["prompt"], layout, seeds=seeds, size=size, **numbers)
     K_max, K_min = in_steps(options["k_max"], options["k_min"], options["steps"])
-    last = follow(mixing, K_max + (options["steps"] - K_min if source == "layout_prompt" else 0), quiet)
+    last = follow(mixing, K_max + (0 if picture else options["steps"] - K_min), quiet)
     x = last.x if last else encode(models, layout).expand(len(seeds), -1, -1, -1)  # K_max = 0: the layout itself
 
-    paths = []
-    for seed, picture in zip(seeds, decode(models, x), strict=True):
-        path = output.with_name(f"{output.stem}-{seed}{output.suffix}") if len(seeds) > 1 else output
+    source = "layout" if picture else "layout_prompt"
+    for seed, made, path in zip(seeds, decode(models, x), paths, strict=True):
         parameters = {"prompt": given["prompt"], source: given[source], **numbers, "seed": seed, "size": size,
                       "dtype": dtype} | {name: given[name] for name in LOADING if name in given}  # fmt: skip
         metadata = {"parameters": parameters, "checkpoint": models.identity, "versions": versions()}
-        save(picture, path, metadata | ({"layout_sha256": digest} if digest else {}))
-        paths.append(path)
+        save(made, path, metadata | ({"layout_sha256": digest} if digest else {}))
     return paths
 
 
@@ -519,18 +635,31 @@ def follow(steps: Iterator[Step], total: int, quiet: bool) -> Step | None:
     return last
 
 
+def one_line(text: str) -> str:
+    """Text that may come from a file, for the terminal: one line of at most 1,000 characters, control characters
+    escaped."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+
+
 def main(argv: list[str] | None = None) -> int:
     given = parse(sys.argv[1:] if argv is None else argv)
     try:
         for path in run(given):
             if not given.get("quiet"):
                 print(path)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"magicmix: {' '.join(str(error).split())}", file=sys.stderr)
+        return 0
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        message = str(error)
+        # torch has a type of its own for this on a GPU only
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", message):
+            message = "out of memory; a smaller --size, --count 1 or --dtype bf16 needs less"
+        elif isinstance(error, RuntimeError):
+            raise
+        if given.get("debug"):
+            traceback.print_exc()
+        print(f"magicmix: {one_line(message)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130  # the shell's code for Ctrl-C
-    return 0
 
 
 if __name__ == "__main__":

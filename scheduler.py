@@ -42,6 +42,8 @@ class ScheduleConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use {' or '.join(known)}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1")
 
 
 class Schedule:

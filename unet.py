@@ -63,6 +63,12 @@ class UNetConfig:
         for name in ("attention_head_dim", "transformer_layers_per_block"):
             if len(self.per_level(name)) != levels:
                 raise ValueError(f"{name} {getattr(self, name)} must be one number or {levels} numbers")
+        for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
+            if width % self.norm_num_groups or width % heads or width % 2:  # 2: sines and cosines of the timestep
+                raise ValueError(
+                    f"block_out_channels {list(self.block_out_channels)} must be even and multiples of "
+                    f"norm_num_groups {self.norm_num_groups} and attention_head_dim {self.attention_head_dim}"
+                )
 
     def per_level(self, name: str) -> tuple[int, ...]:
         """A field that is one number for all levels or a list, as one number a level."""

@@ -48,6 +48,9 @@ class VAEConfig:
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if list(getattr(self, name)) != [kind] * len(self.block_out_channels):
                 raise ValueError(f"{name} {list(getattr(self, name))} must be {len(self.block_out_channels)} x {kind}")
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            widths, groups = list(self.block_out_channels), self.norm_num_groups
+            raise ValueError(f"block_out_channels {widths} must be multiples of norm_num_groups {groups}")
 
     @property
     def factor(self) -> int:

@@ -1,8 +1,12 @@
-"""Shared pieces of the tests: how errors are measured, and how an oracle gets random weights."""
+"""Shared pieces of the tests: how errors are measured, how an oracle gets random weights, how the command is run."""
 
+import multiprocessing
 import os
+import runpy
+import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,3 +31,38 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     for p in model.parameters():
         p += 0.1 * p.std().nan_to_num(1.0).clamp(min=0.5) * torch.randn(p.shape, generator=generator)
     return model.eval()
+
+
+# Every command is a process of its own, forked from one that has done the slow imports and nothing else.
+os.environ["PYTHONPATH"] = str(ROOT)  # that one's
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["weights", "transformers.models.clip.tokenization_clip"])
+
+
+class Done(NamedTuple):
+    code: int  # the exit code; -N if signal N ended the process
+    out: str
+    err: str
+
+
+def script(arguments: list[str], cwd: Path, log: Path) -> None:
+    """magicmix.py as the interpreter runs it, from its first line, in `cwd`."""
+    os.chdir(cwd)
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(log.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["magicmix.py", *arguments]
+    runpy.run_path(str(ROOT / "magicmix.py"), run_name="__main__")
+
+
+def command(*arguments, cwd: Path, kill: tuple[signal.Signals, float] | None = None) -> Done:
+    """What `python magicmix.py ARGUMENTS` does in `cwd`, ended by a signal after some seconds where one is given."""
+    log = cwd.parent / f"{cwd.name}-log"
+    process = FORKS.Process(target=script, args=([str(a) for a in arguments], cwd, log))
+    process.start()
+    if kill:
+        process.join(kill[1])
+        if process.is_alive():
+            os.kill(process.pid, kill[0])
+    process.join(300)
+    assert process.exitcode is not None, "the command hangs"
+    return Done(process.exitcode, *(log.with_suffix(f".{stream}").read_text() for stream in ("out", "err")))

@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +24,22 @@ import clip
 import scheduler
 import unet
 import vae
-from weights.sources import CheckpointError, open_source, open_vae, part_tensors, probe_prediction
+from weights.sources import (
+    NUMBERS,
+    CheckpointError,
+    Source,
+    not_finite,
+    open_source,
+    open_vae,
+    part_tensors,
+    probe_prediction,
+)
 
 __all__ = ["TINY", "Checkpoint", "CheckpointError", "load"]
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
+MOST_TOKENIZER = 16 << 20  # bytes of one of a tokenizer's files; CLIP's largest, tokenizer.json, has 4 million
 MODELS = {"text_encoder": clip.CLIPTextModel, "unet": unet.UNet2DConditionModel, "vae": vae.AutoencoderKL}
 
 
@@ -95,8 +106,9 @@ def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> 
         if found[name].shape != tensor.shape:
             shapes = tuple(found[name].shape), tuple(tensor.shape)
             raise CheckpointError(f"{where}: tensor {name} has shape {shapes[0]}, the config asks for {shapes[1]}")
-        if not found[name].is_floating_point():
-            raise CheckpointError(f"{where}: tensor {name} has dtype {found[name].dtype}, not a floating-point one")
+        if found[name].dtype not in NUMBERS:
+            kind = str(found[name].dtype).removeprefix("torch.")
+            raise CheckpointError(f"{where}: tensor {name} is {kind}; use float32, float16 or bfloat16")
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -146,7 +158,7 @@ def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>"):
     """transformers' CLIPTokenizer, from a folder's vocab.json and merges.txt, or, without one, the embedded CLIP
     vocabulary (OpenAI, MIT), which every SD 1 and SD 2 release shares; `pad` is then the padding token.
 
-    Raises CheckpointError when a file is missing.
+    Raises CheckpointError when a file is missing or is none of a CLIP tokenizer.
     """
     # transformers looks for torchvision and says so when it is absent; nothing here needs it.
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -158,9 +170,41 @@ def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>"):
         pairs = [tuple(merge.split(" ")) for merge in merges]
         return CLIPTokenizer(clip_vocabulary(pairs), pairs, pad_token=pad, model_max_length=77)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; a CLIP tokenizer has it")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    for path in folder.iterdir():
+        if path.stat().st_size > MOST_TOKENIZER:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a CLIP tokenizer's files have fewer")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the library trips over in files that are not what they are called
+        raise CheckpointError(f"{folder} does not hold a CLIP tokenizer: {error!r}") from error
+
+
+def check_together(source: Source, tokenizer, where: str) -> None:
+    """Raises CheckpointError when parts that are sound do not belong together."""
+    text, net, auto = (source.configs[part] for part in ("text_encoder", "unet", "vae"))
+    if net.cross_attention_dim != text.hidden_size:
+        widths = f"cross_attention_dim {net.cross_attention_dim}, the text encoder's hidden_size is {text.hidden_size}"
+        raise CheckpointError(f"{where}: the UNet has {widths}; take both from one model")
+    if {net.in_channels, net.out_channels, auto.latent_channels} != {4} or {auto.in_channels, auto.out_channels} != {3}:
+        raise CheckpointError(f"{where}: the UNet and the VAE must have 4 latent channels, and pictures 3")
+    length, most = tokenizer.model_max_length, text.max_position_embeddings
+    if not (type(length) is int and 2 < length <= most):
+        raise CheckpointError(f"{where}: the tokenizer's model_max_length is {length!r}; the encoder takes 3 to {most}")
+    ids = [*tokenizer.get_vocab().values(), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if not all(type(i) is int and 0 <= i < text.vocab_size for i in ids):
+        raise CheckpointError(f"{where}: the tokenizer has ids that the text encoder's {text.vocab_size} lack")
+
+
+def check_finite(source: Source, alone: set[str]) -> None:
+    """Raises CheckpointError that names the first tensor with NaN or Inf in it. The parts in `alone` are mapped anew
+    and let go, so that this reading leaves no pages in memory."""
+    for part in MODELS:
+        tensors = part_tensors(part, source.files[part]) if part in alone else source.tensors[part]
+        if name := not_finite(tensors):
+            files = ", ".join(map(str, source.files[part]))
+            raise CheckpointError(f"{files}: tensor {name} holds NaN or Inf; get the file again, it is damaged")
 
 
 def clip_vocabulary(pairs: list[tuple[str, str]]) -> dict[str, int]:
@@ -222,16 +266,21 @@ def load(
         kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
     if not opened.prediction and kind == "epsilon":  # of the bare SD2 files, those that predict v are the 768 px ones
         models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
-    second = opened.configs["text_encoder"].hidden_act == "gelu"
+    # Only what lies in files of its own can be let go: a single file stays mapped for the UNet anyway.
+    alone = {part for part in MODELS if opened.layout == "folder" and (part != "vae" or vae is None)}
+    with ThreadPoolExecutor(1) as pool:  # reading every value takes about as long as importing the tokenizer's library
+        finite = pool.submit(check_finite, opened, alone)
+        second = opened.configs["text_encoder"].hidden_act == "gelu"
+        tokenizer = load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>")  # SD2 pads with id 0
+        finite.result()
+    check_together(opened, tokenizer, str(source))
     reopen = {
         part: partial(reopened, part, opened.configs[part], opened.files[part], dtypes[part])
-        for part in ("text_encoder", "vae")
-        # Only what lies in files of its own, in a folder: a single file stays mapped for the UNet anyway.
-        if opened.layout == "folder" and (part != "vae" or vae is None) and device.type == "cpu"
-        and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
+        for part in alone - {"unet"}
+        if device.type == "cpu" and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
     }
     return Checkpoint(
-        tokenizer=load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>"),  # SD2 pads with id 0
+        tokenizer=tokenizer,
         schedule=dataclasses.replace(opened.configs["scheduler"], prediction_type=kind),
         defaults=opened.defaults,
         identity={part: fingerprint(opened.tensors[part]) for part in MODELS},

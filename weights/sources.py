@@ -6,6 +6,8 @@ Tensors are memory-mapped by safetensors: opening a source reads headers and con
 import dataclasses
 import json
 import re
+import types
+import typing
 from pathlib import Path
 
 import torch
@@ -44,6 +46,18 @@ LAYOUTS = {
     "unet": layouts.diffusers_unet,
     "vae": layouts.diffusers_vae,
 }
+# A source may be hostile. These bounds lie far above every published model and keep what is read before the first
+# strict comparison, headers and configs, from filling the memory or taking minutes.
+MOST_HEADER = 4 << 20  # bytes of a safetensors header; published ones stay below half a million
+MOST_TENSORS = 10_000  # in a file; the most in a published one are 1,831
+MOST_JSON = 1 << 20  # bytes of a config or an index
+MOST_LEVELS = 8  # entries of a list in a config
+MOST = {
+    "num_hidden_layers": 100, "layers_per_block": 10, "transformer_layers_per_block": 10, "vocab_size": 1_000_000,
+    "num_train_timesteps": 10_000, "sample_size": 4096,
+}  # fmt: skip
+MOST_WIDTH = 65_536  # every other whole number
+NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
 
@@ -76,26 +90,34 @@ class Source:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError when it is missing, not JSON or not an object."""
+    """The object in a JSON file. Raises CheckpointError when it is missing, too large, not JSON or not an object."""
     try:
+        if not path.is_file():  # a pipe or a device could be read for ever
+            raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it")
+        if path.stat().st_size > MOST_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MOST_JSON:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
 
 
 def read_config(path: Path, part: str) -> object:
-    """A config.json as its dataclass. Raises CheckpointError for a field these models do not know or do differently."""
+    """A config.json as its dataclass. Raises CheckpointError for a field these models do not know or do differently,
+    and for a value of another type or out of all proportion."""
     config_class, fixed = CONFIGS[part]
-    fields = {f.name for f in dataclasses.fields(config_class)}
+    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
     used = {}
     for name, value in read_json(path).items():
         if name in fields:
-            used[name] = tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(value, list) else value
+            if value is not None and not fits(name, value, fields[name]):
+                raise CheckpointError(f"{path}: {name} is {value!r}; that is no usable value for it")
+            used[name] = value
         elif name in fixed:
             if value != fixed[name] and value is not None:
                 raise CheckpointError(f"{path}: {name} is {value!r}; this implementation needs {fixed[name]!r}")
@@ -104,21 +126,52 @@ def read_config(path: Path, part: str) -> object:
             raise CheckpointError(f"{path}: {name} is {value!r}; this implementation does not know that field")
     try:
         return config_class(**{k: v for k, v in used.items() if v is not None})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def fits(name: str, value: object, kind: object) -> bool:
+    """Whether a config's value has its field's type and is a positive number of sensible size where it is a number."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(name, value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and 0 < len(value) <= MOST_LEVELS and all(fits(name, v, inner) for v in value)
+    if kind is float:
+        return type(value) in (int, float) and 0 < value < 1e6
+    if kind is int:
+        return type(value) is int and (name != "steps_offset") <= value <= MOST.get(name, MOST_WIDTH)
+    return type(value) is kind
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which runs code when it is opened; {CONVERT}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; only safetensors files are read")
     try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")  # the format: 8 bytes of length, a JSON header, the tensors
+        if header > MOST_HEADER:
+            raise ValueError(f"its header claims {header:,} bytes, the most that are read are {MOST_HEADER:,}")
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; only safetensors files are read") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"it has {len(names):,} tensors, the most that are read are {MOST_TENSORS:,}")
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:  # the last two from absurd shapes
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a readable safetensors file: {first}") from error
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or Inf. Reads every value once, at the speed of the memory."""
+    for name, tensor in tensors.items():
+        # The extremes are NaN where any value is; isfinite() itself would be thirty times slower.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            return name
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- folders

@@ -1,0 +1,634 @@
+"""Bad input, hostile files and a machine that fails: one line, exit code 2, and nothing lost.
+
+Each case goes through the real command in a process of its own, and through the Python function that it reaches, which
+must raise a documented exception before the UNet is called.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, command
+from PIL import Image, ImageDraw, PngImagePlugin
+from safetensors.torch import load_file, save_file
+
+import magicmix
+import weights
+from weights import CheckpointError
+
+LAYOUT = ROOT / "docs" / "layouts" / "castle.png"
+PRECIOUS = b"a picture that was there before"
+
+
+def refused(*arguments, cwd, message):
+    """Runs a command that must fail and returns its line."""
+    (cwd / "mix.png").write_bytes(PRECIOUS)
+    before = sorted(cwd.rglob("*"))
+    code, _, error = command(*arguments, cwd=cwd)
+    assert code == 2 and "Traceback" not in error, error
+    assert error.startswith("magicmix: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert message in error, error
+    assert (cwd / "mix.png").read_bytes() == PRECIOUS
+    assert sorted(cwd.rglob("*")) == before, "files were left behind or lost"
+    return error
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The embedded checkpoint, whose UNet must not be asked."""
+    models = weights.load()
+    models.unet.forward = None
+    return models
+
+
+# ----------------------------------------------------------------------------------------------------- pictures
+
+
+def sample(mode="RGB", size=(96, 64)):
+    return Image.effect_noise(size, 80).convert(mode)
+
+
+def truncated(path, keep):
+    sample().save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def bomb(path, width, height):
+    """A valid PNG header of so many pixels, and hardly any data."""
+    sample("L", (8, 8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", width, height)
+    import zlib
+
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+
+
+BAD_PICTURES = {
+    "missing": (lambda path: None, "does not exist; give a picture file"),
+    "a folder": (lambda path: path.mkdir(), "it is not a file; give a picture file"),
+    "a pipe": (os.mkfifo, "it is not a file; give a picture file"),
+    "empty": (lambda path: path.write_bytes(b""), "is not a readable picture; use PNG, JPEG"),
+    "text": (lambda path: path.write_text("no picture"), "is not a readable picture; use PNG, JPEG"),
+    "truncated in its signature": (lambda path: truncated(path, 5), "is not a readable picture"),
+    "truncated in its header": (lambda path: truncated(path, 20), "is not a readable picture"),
+    "truncated in its pixels": (lambda path: truncated(path, 2000), "is not a readable picture"),
+    "20,000 x 20,000": (lambda path: bomb(path, 20_000, 20_000), "exceeds limit of 178956970 pixels"),
+    "10,000 x 10,000": (lambda path: bomb(path, 10_000, 10_000), "exceeds limit of 89478485 pixels"),
+    "float pixels": (lambda path: sample("F").save(path, "TIFF"), "its pixels are of the kind F"),
+    "EPS, which is a program": (lambda path: sample().save(path, "EPS"), "is not a readable picture; use PNG, JPEG"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures(name, tmp_path):
+    write, message = BAD_PICTURES[name]
+    path = tmp_path / "layout.png"
+    write(path)
+    error = refused("a tiger", "--layout", "layout.png", cwd=tmp_path, message=message)
+    assert "layout 'layout.png'" in error
+    with pytest.raises(FileNotFoundError if name == "missing" else ValueError, match=re.escape(message)):
+        magicmix.open_layout(path)
+
+
+def halves(left, right, mode="RGB", size=(64, 64)):
+    picture = Image.new(mode, size, right)
+    ImageDraw.Draw(picture).rectangle((0, 0, size[0] // 2 - 1, size[1] - 1), fill=left)
+    return picture
+
+
+def animation(path):
+    others = [Image.new("RGB", (64, 64), colour) for colour in ("green", "blue")]
+    halves("red", "black").save(path, "GIF", save_all=True, append_images=others)
+
+
+def sideways(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees clockwise to be shown: what is at the bottom comes to the left
+    stored = halves("black", "red").rotate(-90)  # red below black
+    stored.save(path, "PNG", exif=exif)
+
+
+def sixteen_bits(path):
+    grey = np.zeros((64, 64), dtype=np.uint16)
+    grey[:, :32] = 257 * 100  # 100 of 255
+    Image.fromarray(grey).save(path, "PNG")
+
+
+RED, BLACK, WHITE, GREY = (255, 0, 0), (0, 0, 0), (255, 255, 255), (100, 100, 100)
+GOOD_PICTURES = {  # how it is written, the left and the right half's colour
+    "RGB": (lambda path: halves("red", "black").save(path, "PNG"), RED, BLACK),
+    "CMYK": (lambda path: halves((0, 255, 255, 0), (0, 0, 0, 255), "CMYK").save(path, "TIFF"), RED, BLACK),
+    "CMYK JPEG": (lambda path: halves((0, 255, 255, 0), (0, 0, 0, 255), "CMYK").save(path, "JPEG"), RED, BLACK),
+    "16 bits": (sixteen_bits, GREY, BLACK),
+    "palette": (lambda path: halves("red", "black").convert("P").save(path, "PNG"), RED, BLACK),
+    "1 bit": (lambda path: halves(1, 0, "1").save(path, "PNG"), WHITE, BLACK),
+    "grey": (lambda path: halves(100, 0, "L").save(path, "PNG"), GREY, BLACK),
+    "grey and alpha": (lambda path: halves((100, 255), (0, 0), "LA").save(path, "PNG"), GREY, WHITE),
+    "alpha": (lambda path: halves((255, 0, 0, 255), (0, 0, 0, 0), "RGBA").save(path, "PNG"), RED, WHITE),
+    "half transparent": (lambda path: halves((255, 0, 0, 128), (0, 0, 0, 255), "RGBA").save(path, "PNG"),
+                         (255, 127, 127), BLACK),
+    "transparent palette": (lambda path: halves(0, 1, "P").save(path, "GIF", transparency=1), None, WHITE),
+    "animated": (animation, RED, BLACK),
+    "sideways": (sideways, RED, BLACK),
+    "1 x 1": (lambda path: Image.new("RGB", (1, 1), "red").save(path, "PNG"), RED, RED),
+    "long and narrow": (lambda path: halves("red", "black", size=(20_000, 3)).save(path, "PNG"), RED, BLACK),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD_PICTURES)
+def test_pictures_of_every_kind(name, tmp_path):
+    """The colour in the middle of each half, within 3 grey levels: the palette's and JPEG's own rounding."""
+    write, left, right = GOOD_PICTURES[name]
+    write(tmp_path / "layout")
+    picture, _, more = magicmix.open_layout(tmp_path / "layout")
+    assert more == (name == "animated")
+    pixels = (magicmix.fit(picture, (32, 48))[0] + 1) * 127.5
+    assert pixels.shape == (3, 32, 48)
+    for colour, column in ((left, 8), (right, 40)):
+        if colour:
+            assert (pixels[:, 16, column] - torch.tensor(colour)).abs().max() <= 3, (name, pixels[:, 16, column])
+
+
+def test_what_was_done_to_a_picture_is_said(tmp_path):
+    animation(tmp_path / "layout.gif")
+    code, out, _ = command("a tiger", "--layout", "layout.gif", "--size", "64x32", "--steps", "2", cwd=tmp_path)
+    assert code == 0 and out.splitlines() == [
+        "layout: it holds more than one picture; the first is used",
+        "layout: resized and centre-cropped from 64x64 to 64x32",
+        "mix.png",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ numbers
+
+NUMBERS = [  # what is wrong with the command, the same in Python where it has a meaning there, the line
+    (["--k-min", "0.5", "--k-max", "0.4"], {"k_min": 0.5, "k_max": 0.4}, "k-min 0.5 is above k-max 0.4"),
+    (["--k-max", "1.1"], {"k_max": 1.1}, "k-max 1.1 is out of range; use 0 to 1"),
+    (["--k-min", "-0.1"], {"k_min": -0.1}, "k-min -0.1 is out of range; use 0 to 1"),
+    (["--k-max", "nan"], {"k_max": float("nan")}, "k-max nan is out of range; use 0 to 1"),
+    (["--nu", "1.5"], {"nu": 1.5}, "nu 1.5 is out of range; use 0 to 1"),
+    (["--nu", "much"], None, "argument --nu: invalid float value: 'much'"),
+    (["--steps", "0"], {"steps": 0}, "steps 0 is out of range; use 1 to 999"),
+    (["--steps", "1000"], {"steps": 1000}, "steps 1000 is out of range; use 1 to 999"),
+    (["--steps", "1001"], {"steps": 1001}, "steps 1001 is out of range; use 1 to 999"),
+    (["--steps", "2.5"], None, "argument --steps: invalid int value: '2.5'"),
+    (["--guidance", "-1"], {"guidance": -1.0}, "guidance -1.0 is out of range; use a number from 0 on"),
+    (["--guidance", "nan"], {"guidance": float("nan")}, "guidance nan is out of range"),
+    (["--guidance", "inf"], {"guidance": float("inf")}, "guidance inf is out of range"),
+    (["--seed", "-1"], {"seeds": [-1]}, "seed -1 is out of range; use 0 to 2^64 - 1"),
+    (["--seed", str(2**64)], {"seeds": [2**64]}, f"seed {2**64} is out of range"),
+    (["--seed", str(2**64 - 1), "--count", "2"], {"seeds": [2**64 - 1, 2**64]}, f"seed {2**64} is out of range"),
+    (["--count", "0"], {"seeds": []}, "count 0 is out of range; use 1 or more, at most 1000"),
+    (["--count", "-3"], None, "count -3 is out of range; use 1 or more, at most 1000"),
+    (["--count", str(10**30)], None, "is out of range; use 1 or more, at most 1000"),
+    (["--size", "100"], {"size": (100, 100)}, "size 100x100 does not fit; both sides must be multiples of 8"),
+    (["--size", "0"], {"size": (0, 0)}, "size 0x0 is out of range; use sides of up to 4096 pixels"),
+    (["--size", "64x5000"], {"size": (5000, 64)}, "size 64x5000 is out of range"),
+    (["--size", "64x64x64"], None, "'64x64x64' is no size; use a number of pixels or WIDTHxHEIGHT"),
+    (["--size", "-64"], None, "'-64' is no size"),
+    (["--size", "x"], None, "'x' is no size"),
+    (["--eta", "2"], {"eta": 2.0}, "eta 2.0 is out of range; use 0 to 1"),
+    (["--sampler", "euler"], {"sampler": "euler"}, "'euler'"),
+    (["--reweight", "tiger"], None, "'tiger' must be WORD=S"),
+    (["--reweight", "=1"], None, "'=1' must be WORD=S"),
+    (["--reweight", "tiger=much"], None, "'tiger=much' must be WORD=S"),
+    (["--reweight", "lion=0"], {"reweight": {"lion": 0.0}}, "'lion' is not in the prompt; its words are: a, tiger"),
+    (["--reweight", "tiger=nan"], {"reweight": {"tiger": float("nan")}}, "reweight tiger=nan is not a finite number"),
+    (["--colour", "red"], None, "unrecognized arguments: --colour red"),
+    (["two\nlines", "more"], None, "unrecognized arguments: two lines more"),
+]
+
+
+@pytest.mark.parametrize(("options", "arguments", "message"), NUMBERS, ids=[" ".join(row[0]) for row in NUMBERS])
+def test_bad_numbers(options, arguments, message, tmp_path, models):
+    refused("a tiger", "--layout-prompt", "a car", *options, cwd=tmp_path, message=message)
+    if arguments is not None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            magicmix.magicmix(models, "a tiger", "a car", **arguments)
+
+
+# --------------------------------------------------------------------------------------------------------- text
+
+
+def test_layouts_exclude_each_other(tmp_path):
+    refused("a tiger", cwd=tmp_path, message="give one of --layout IMAGE and --layout-prompt TEXT")
+    both = ("--layout", LAYOUT, "--layout-prompt", "a car")
+    refused("a tiger", *both, cwd=tmp_path, message="give one of --layout IMAGE and --layout-prompt TEXT")
+    refused("--layout", LAYOUT, cwd=tmp_path, message="the content prompt is missing")
+
+
+def test_text_that_is_no_unicode(tmp_path, models):
+    refused("tiger \udcff", "--layout-prompt", "a car", cwd=tmp_path, message=r"'tiger \udcff' holds half a character")
+    for arguments in (("\ud800", "a car"), ("a tiger", "\ud800")):
+        with pytest.raises(ValueError, match="holds half a character"):
+            magicmix.magicmix(models, *arguments)
+
+
+@pytest.mark.parametrize("prompt", ["", "🐯👩‍👩‍👧‍👦", "虎", "نمر في الغابة", "बाघ", "a\x01\x1b[31mtiger\u202e", "<|endoftext|>"])
+def test_every_text_is_a_prompt(prompt, tmp_path):
+    options = ["--layout-prompt", prompt, "--negative", prompt, "--steps", "2", "--size", "64"]
+    code, out, error = command(prompt, *options, "-o", "mix.png", cwd=tmp_path)
+    assert code == 0 and "\x1b" not in out and out.endswith("mix.png\n"), error
+    code, _, error = command("--again", "mix.png", "-o", "again.png", cwd=tmp_path)
+    assert code == 0 and (tmp_path / "again.png").read_bytes() == (tmp_path / "mix.png").read_bytes(), error
+
+
+def test_the_words_that_are_cut_off_are_printed(tmp_path, models):
+    words = " ".join(f"tiger{i}" for i in range(40))
+    code, out, error = command("a cat", "--layout-prompt", words, "--negative", words, "--steps", "1", cwd=tmp_path)
+    lines = out.splitlines()
+    rest = magicmix.cut_off(models.tokenizer, words)
+    assert code == 0 and words.endswith(rest) and 0 < len(rest) < len(words) and "longer than" not in error
+    assert lines[0] == f"layout_prompt: beyond 32 tokens, cut off: {rest}" and lines[1].startswith("negative: beyond 32")
+    # The oracle: what is cut off changes nothing, one word more does.
+    read = words.removesuffix(rest)
+    states = magicmix.encode_prompts(models, [words, read, read.rsplit(maxsplit=1)[0]])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    for short in ("", "a tiger", "tiger " * 30):
+        assert magicmix.cut_off(models.tokenizer, short) == ""
+    assert magicmix.cut_off(models.tokenizer, "tiger " * 30 + "lion") == "lion"
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+
+def tensors(part, change):
+    """A change of a part's safetensors file: change(state) as {name: tensor}."""
+
+    def write(folder):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        change(state)
+        save_file(state, path)
+
+    return write
+
+
+def header(change):
+    """A change of the raw bytes of the VAE's file: change(header as a dict, the tensors' bytes) -> bytes."""
+
+    def write(folder):
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        data = path.read_bytes()
+        end = 8 + struct.unpack("<Q", data[:8])[0]
+        path.write_bytes(change(json.loads(data[8:end]), data[end:]))
+
+    return write
+
+
+def packed(fields, body, length=None):
+    text = json.dumps(fields).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def first(fields):
+    return fields[min((name for name in fields if name != "__metadata__"), key=lambda n: fields[n]["data_offsets"])]
+
+
+def moved(by):
+    def change(fields, body):
+        first(fields)["data_offsets"] = [offset + by for offset in first(fields)["data_offsets"]]
+        return packed(fields, body)
+
+    return header(change)
+
+
+def retyped(dtype):
+    """One tensor's dtype, by its name in the header only."""
+
+    def change(fields, body):
+        first(fields)["dtype"] = dtype
+        return packed(fields, body)
+
+    return header(change)
+
+
+def config(part, **fields):
+    def write(folder):
+        path = folder / part / ("scheduler_config.json" if part == "scheduler" else f"{part}_config.json")
+        path = path if path.exists() else folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return write
+
+
+def replaced(name, content):
+    def write(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return write
+
+
+def pickled(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def sharded(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    index = {"weight_map": {"conv_in.weight": "../../secret.safetensors"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def one_nan(state):
+    state["mid_block.attentions.0.proj_in.bias"][7] = float("nan")
+
+
+def one_inf(state):
+    state["decoder.conv_in.weight"].view(-1)[-1] = float("inf")
+
+
+def pipe(folder):
+    (folder / "vae" / "config.json").unlink()
+    os.mkfifo(folder / "vae" / "config.json")
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+CHECKPOINTS = {  # what is done to a copy of the embedded checkpoint, the line
+    "the file is empty": (replaced(UNET, b""), "is not a readable safetensors file"),
+    "a truncated length": (replaced(UNET, b"\x10\0\0"), "is not a readable safetensors file"),
+    "a truncated header": (header(lambda h, body: packed(h, b"")[:100]), "invalid header length"),
+    "truncated tensors": (header(lambda h, body: packed(h, body[:-1])), "file not fully covered"),
+    "more than the tensors": (header(lambda h, body: packed(h, body + b"x")), "file not fully covered"),
+    "a header beyond the file": (header(lambda h, body: packed(h, body[:100], 4_000_000)), "invalid header length"),
+    "an absurd header": (header(lambda h, body: packed(h, body, 2**63)), "claims 9,223,372,036,854,775,808 bytes"),
+    "a header that is no JSON": (header(lambda h, b: struct.pack("<Q", 4) + b"{{{{" + b), "invalid JSON in header"),
+    "overlapping offsets": (moved(-4), "is not a readable safetensors file"),
+    "offsets out of range": (moved(1 << 40), "is not a readable safetensors file"),
+    "an overflowing shape": (header(lambda h, b: packed({"a": {"dtype": "F32", "shape": [2**62, 8],
+                             "data_offsets": [0, 8]}}, b"\0" * 8)), "overflow"),
+    "an absurd empty shape": (header(lambda h, b: packed({"a": {"dtype": "F32", "shape": [0, 2**63],
+                              "data_offsets": [0, 0]}}, b"")), "is not a readable safetensors file"),
+    "too many tensors": (header(lambda h, b: packed({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                         for i in range(10_001)}, b"")), "10,001 tensors, the most that are read are 10,000"),
+    "an unknown dtype": (retyped("F31"), "is not a readable safetensors file"),
+    "whole numbers": (tensors("vae", lambda s: s.update({"quant_conv.bias": torch.ones(8, dtype=torch.int64)})),
+                      "tensor quant_conv.bias is int64; use float32, float16 or bfloat16"),
+    "eight bits": (tensors("vae", lambda s: s.update({"quant_conv.bias": torch.ones(8).to(torch.float8_e4m3fn)})),
+                   "tensor quant_conv.bias is float8_e4m3fn; use float32, float16 or bfloat16"),
+    "one NaN": (tensors("unet", one_nan), "tensor mid_block.attentions.0.proj_in.bias holds NaN or Inf"),
+    "one Inf": (tensors("vae", one_inf), "tensor decoder.conv_in.weight holds NaN or Inf"),
+    "a control character": (tensors("vae", lambda s: s.update({"\x1b[31mred": torch.ones(1)})), r"tensor \x1b[31mred"),
+    "only a pickle": (pickled, "holds only diffusion_pytorch_model.bin, a pickle, which runs code when it is opened"),
+    "an index that leaves the folder": (sharded, "'../../secret.safetensors' is not a file name in that folder"),
+    "no tokenizer": (replaced("tokenizer", None), "vocab.json is missing; a CLIP tokenizer has it"),
+    "a tokenizer of nonsense": (replaced("tokenizer/vocab.json", "[]"), "does not hold a CLIP tokenizer"),
+    "an absurd tokenizer": (replaced("tokenizer/more.json", b" " * (17 << 20)), "has 17,825,792 bytes"),
+    "an endless prompt": (replaced("tokenizer/tokenizer_config.json", '{"model_max_length": 1000000000}'),
+                          "model_max_length is 1000000000; the encoder takes 3 to 32"),
+    "no model_max_length": (replaced("tokenizer/tokenizer_config.json", "{}"), "the encoder takes 3 to 32"),
+    "no config": (replaced("unet/config.json", None), "config.json is missing"),
+    "no scheduler": (replaced("scheduler/scheduler_config.json", None), "scheduler_config.json is missing"),
+    "broken JSON": (replaced("vae/config.json", '{"a": '), "config.json cannot be read as JSON"),
+    "a list": (replaced("vae/config.json", "[]"), "must hold a JSON object, not list"),
+    "deep JSON": (replaced("vae/config.json", "[" * 100_000), "config.json cannot be read as JSON"),
+    "no text": (replaced("vae/config.json", b"\xff\xfe\xff"), "config.json cannot be read as JSON"),
+    "a huge config": (replaced("vae/config.json", " " * (1 << 21)), "has 2,097,152 bytes"),
+    "a pipe for a config": (pipe, "config.json is missing"),
+    "the config of another part": (lambda f: shutil.copy(f / "vae" / "config.json", f / "unet"), "latent_channels is 4"),
+    "the config of another model": (config("unet", _class_name="FluxTransformer2DModel", num_single_layers=38),
+                                    "num_single_layers is 38; this implementation does not know that field"),
+    "another width": (config("unet", cross_attention_dim=768), "the config asks for"),
+    "SDXL": (config("unet", cross_attention_dim=2048), "is SDXL; use a text-to-image model of SD 1 or SD 2"),
+    "text for a number": (config("unet", norm_num_groups="8"), "norm_num_groups is '8'; that is no usable value"),
+    "true for a number": (config("unet", layers_per_block=True), "layers_per_block is True; that is no usable value"),
+    "a negative width": (config("unet", block_out_channels=[-96, 128, 160]), "that is no usable value"),
+    "no levels": (config("unet", block_out_channels=[]), "block_out_channels is (); that is no usable value"),
+    "absurd widths": (config("unet", block_out_channels=[10**12] * 3), "that is no usable value"),
+    "absurd levels": (config("vae", block_out_channels=[32] * 10**5), "that is no usable value"),
+    "absurd layers": (config("text_encoder", num_hidden_layers=10**9), "num_hidden_layers is 1000000000; that is no"),
+    "absurd vocabulary": (config("text_encoder", vocab_size=10**15), "vocab_size is 1000000000000000; that is no"),
+    "absurd schedule": (config("scheduler", num_train_timesteps=10**12), "num_train_timesteps is 1000000000000; that"),
+    "absurd size": (config("unet", sample_size=10**9), "sample_size is 1000000000; that is no usable value"),
+    "infinite scale": (config("vae", scaling_factor=float("inf")), "scaling_factor is inf; that is no usable value"),
+    "negative eps": (config("unet", norm_eps=-1e-5), "norm_eps is -1e-05; that is no usable value"),
+    "betas that fall": (config("scheduler", beta_start=0.5, beta_end=0.1), "must rise between 0 and 1"),
+    "groups that do not divide": (config("vae", norm_num_groups=7), "must be multiples of norm_num_groups 7"),
+    "heads that do not divide": (config("text_encoder", num_attention_heads=3), "must be a multiple of"),
+    "heads of the UNet": (config("unet", attention_head_dim=7), "must be even and multiples of"),
+    "options of another kind": (replaced("magicmix.json", '{"steps": "many"}'), "cannot be right: steps = 'many'"),
+    "options that are none": (replaced("magicmix.json", '{"output": "/etc/passwd"}'), "cannot be right: output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_bad_checkpoints(name, tmp_path):
+    change, message = CHECKPOINTS[name]
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    change(folder)
+    refused("a tiger", "--layout-prompt", "a car", "--weights", "model", cwd=tmp_path, message=message)
+    if not name.startswith("options"):  # those are the command line's, not the models'
+        with pytest.raises(CheckpointError) as caught:
+            weights.load(folder)
+        assert message in magicmix.one_line(str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "model.pth", "model.pkl"])
+@pytest.mark.parametrize("there", [True, False])
+def test_pickles_are_never_opened(name, there, tmp_path):
+    if there:
+        (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")  # would leave a file behind
+    message = f"{name} is a pickle, which runs code when it is opened; diffusers' save_pretrained"
+    for option in ("--weights", "--vae"):
+        refused("a tiger", "--layout-prompt", "a car", option, name, cwd=tmp_path, message=message)
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        weights.load(tmp_path / name)
+
+
+def test_sources_that_are_none(tmp_path):
+    text = ("a tiger", "--layout-prompt", "a car")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for source, message in {
+        "nowhere": "'nowhere' is no folder, no .safetensors file and no hub id",
+        "gone.safetensors": "gone.safetensors is missing",
+        "pipe.safetensors": "pipe.safetensors is missing",
+        "/dev/zero": "/dev/zero is missing",
+        "mix.png": "mix.png is not a readable safetensors file",
+        "x" * 300: "File name too long",
+    }.items():
+        refused(*text, "--weights", source, cwd=tmp_path, message=message)
+    refused(*text, "--vae", "nowhere", cwd=tmp_path, message="nowhere is missing")
+
+
+# -------------------------------------------------------------------------------------------------- the machine
+
+MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "2", "--size", "64")
+
+
+def test_outputs_that_cannot_be(tmp_path):
+    for output, message in {
+        "no/such/folder/mix.png": "output folder 'no/such/folder' does not exist; make it first",
+        ".": "output '.' is not a file; give a name for the picture",
+        "/dev/null": "output '/dev/null' is not a file",  # as root, a rename would replace it
+        "mix.jpg": "output 'mix.jpg' would hold a PNG; let its name end in .png",
+        "x" * 300 + ".png": "File name too long",
+        "/proc/mix.png": "output folder '/proc' cannot be written to",  # not even by root
+    }.items():
+        refused(*MIX, "-o", output, cwd=tmp_path, message=message)
+    refused(*MIX, "-o", "mix.png/mix.png", cwd=tmp_path, message="output folder 'mix.png' does not exist")
+
+
+def test_devices_and_dtypes_that_cannot_be(tmp_path, monkeypatch, capsys):
+    for device in ("abacus", "cuda:99", "meta", "xla", ""):
+        message = f"device {device!r} cannot be used ("
+        refused(*MIX, "--device", device, cwd=tmp_path, message=message)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            magicmix.choose_device(device)
+    refused(*MIX, "--dtype", "fp8", cwd=tmp_path, message="invalid choice: 'fp8'")
+    monkeypatch.setitem(magicmix.DTYPES, "fp16", torch.float8_e4m3fn)  # one that no CPU convolves in
+    with pytest.raises(ValueError, match="dtype fp16 cannot be used on device 'cpu'"):
+        magicmix.precision("fp16", torch.device("cpu"))
+
+
+LIMITED = """
+import re, resource, sys
+import magicmix, weights
+weights.load_tokenizer(None)  # its library is imported
+limit = {limit}
+resource.setrlimit(resource.RLIMIT_{what}, (limit, resource.RLIM_INFINITY))
+sys.exit(magicmix.main(sys.argv[1:]))
+"""
+
+
+def limited(what, limit, *arguments, cwd):
+    """The command in a process whose operating system refuses it more than that."""
+    import subprocess
+
+    (cwd / "mix.png").write_bytes(PRECIOUS)
+    code = LIMITED.format(what=what, limit=limit)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert (cwd / "mix.png").read_bytes() == PRECIOUS
+    assert [path.name for path in cwd.iterdir()] == ["mix.png"]
+    return done.stderr
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """A limit on the size of files, in the middle of the picture: write() fails as it does on a full disk."""
+    error = limited("FSIZE", "2000", *MIX, "--quiet", cwd=tmp_path)
+    assert "output 'mix.png' cannot be written: File too large; choose another place with -o" in error
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the size of the process from Linux")
+def test_out_of_memory(tmp_path):
+    limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 400_000_000"
+    large = [*MIX[:-1], "2048", "--quiet"]
+    error = limited("AS", limit, *large, cwd=tmp_path)
+    assert error == "magicmix: out of memory; a smaller --size, --count 1 or --dtype bf16 needs less\n"
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    code, _, error = command(*MIX, "--weights", "nowhere", "--debug", cwd=tmp_path)
+    assert code == 2 and error.startswith("Traceback") and "CheckpointError" in error
+    assert error.splitlines()[-1].startswith("magicmix: weights 'nowhere' is no folder")
+
+
+# ----------------------------------------------------------------------------------------------- --again's files
+
+
+def write_metadata(path, metadata):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("magicmix", metadata if isinstance(metadata, str) else json.dumps(metadata))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+def again(**parameters):
+    return {"parameters": {"prompt": "a tiger", "layout_prompt": "a car", "steps": 1} | parameters}
+
+
+METADATA = [
+    ("{", "cannot be read"),
+    ("[" * 100_000, "cannot be read"),
+    ("[]", "has no magicmix parameters; --again needs a picture that has"),
+    ('{"parameters": 3}', "has no magicmix parameters"),
+    ('{"parameters": {"seed": ' + "9" * 5000 + "}}", "cannot be read"),
+    (json.dumps(again(prompt="x" * 300_000)), "its parameters have"),
+    (again(output="/tmp/elsewhere.png"), "has a parameter that cannot be right: output"),
+    (again(device="cuda"), "has a parameter that cannot be right: device"),
+    (again(debug=True), "has a parameter that cannot be right: debug"),
+    (again(again="mix.png"), "has a parameter that cannot be right: again"),
+    (again(count=10**9), "has a parameter that cannot be right: count"),
+    (again(prompt=3), "has a parameter that cannot be right: prompt = 3"),
+    (again(prompt=None), "has a parameter that cannot be right: prompt = None"),
+    (again(steps=True), "has a parameter that cannot be right: steps = True"),
+    (again(no_ema=1), "has a parameter that cannot be right: no_ema = 1"),
+    (again(size="64"), "has a parameter that cannot be right: size"),
+    (again(size=[64]), "has a parameter that cannot be right: size"),
+    (again(size=[64.0, 64.0]), "has a parameter that cannot be right: size"),
+    (again(size={}), "has a parameter that cannot be right: size"),
+    (again(size=[10**9, 10**9]), "size 1000000000x1000000000 is out of range"),
+    (again(reweight={"tiger": "x"}), "has a parameter that cannot be right: reweight"),
+    (again(reweight={"tiger": True}), "has a parameter that cannot be right: reweight"),
+    (again(reweight=[1, 2]), "has a parameter that cannot be right: reweight"),
+    (again(reweight={"tiger": float("nan")}), "reweight tiger=nan is not a finite number"),
+    (again(k_max=float("nan")), "k-max nan is out of range"),
+    (again(guidance=1e999), "guidance inf is out of range"),
+    (again(seed=-1), "seed -1 is out of range"),
+    (again(seed=10**300), "is out of range; use 0 to 2^64 - 1"),
+    (again(steps=10**12), "steps 1000000000000 is out of range"),
+    (again(sampler="euler"), "sampler 'euler' is not known; use ddim, ddpm"),
+    (again(dtype="fp8"), "dtype 'fp8' is not known; use fp32, fp16, bf16"),
+    (again(upcast_attention="maybe"), "upcast_attention 'maybe' is not known; use auto, on, off"),
+    (again(negative="\ud800"), "holds half a character"),
+    (again(layout="layout.png"), "give one of --layout IMAGE and --layout-prompt TEXT"),
+    (again(weights="/dev/zero"), "/dev/zero is missing"),
+    (again(weights="model.ckpt"), "is a pickle"),
+    (again(weights="\0"), "is no folder"),
+    (again(vae="/dev/zero"), "/dev/zero is missing"),
+    (again() | {"checkpoint": {"unet": "0"}}, "made with another checkpoint; give its folder with --weights"),
+    (again() | {"checkpoint": None}, "made with another checkpoint; give its folder with --weights"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "message"), METADATA, ids=[message for _, message in METADATA])
+def test_bad_metadata(metadata, message, tmp_path):
+    write_metadata(tmp_path / "old.png", metadata)
+    refused("--again", "old.png", cwd=tmp_path, message=message)
+    if "picture 'old.png'" in message or "cannot be right" in message or "cannot be read" in message:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            magicmix.read_metadata(tmp_path / "old.png")
+
+
+def test_pictures_to_make_again_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    truncated(tmp_path / "cut.png", 40)
+    sample().save(tmp_path / "photo.jpg")
+    for name, message in {
+        "gone.png": "picture 'gone.png' does not exist; --again needs a magicmix picture",
+        "pipe.png": "it is not a file; --again needs a magicmix picture",
+        "cut.png": "picture 'cut.png' is not a readable PNG; --again needs a magicmix picture",
+        "photo.jpg": "picture 'photo.jpg' is not a readable PNG; --again needs a magicmix picture",
+        str(LAYOUT): "has no magicmix parameters",
+    }.items():
+        refused("--again", name, cwd=tmp_path, message=message)
+
+
+def test_a_path_from_the_metadata_is_shown_before_it_is_followed(tmp_path):
+    """Even with --quiet, and with its control characters escaped."""
+    metadata = again(layout="\x1b[2Jsecret.png", weights="model\nfolder", vae="other")
+    del metadata["parameters"]["layout_prompt"]
+    write_metadata(tmp_path / "old.png", metadata)
+    code, out, error = command("--again", "old.png", "--quiet", cwd=tmp_path)
+    assert code == 2 and out == "layout: \\x1b[2Jsecret.png\nweights: model folder\nvae: other\n"
+    assert "does not exist" in error and "\x1b" not in error
+
+
+def test_another_layout_replaces_the_recorded_one(tmp_path):
+    assert command("a tiger", "--layout", LAYOUT, "--steps", "2", cwd=tmp_path).code == 0
+    for option, value in (("--layout-prompt", "a car"), ("--layout", ROOT / "docs" / "layouts" / "mug.png")):
+        code, _, error = command("--again", "mix.png", option, value, "-o", "new.png", cwd=tmp_path)
+        assert code == 0, error
+        direct = command("a tiger", option, value, "--steps", "2", "-o", "direct.png", cwd=tmp_path)
+        assert direct.code == 0
+        assert (tmp_path / "new.png").read_bytes() == (tmp_path / "direct.png").read_bytes()
