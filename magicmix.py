@@ -64,7 +64,11 @@ def encode_prompts(models: Checkpoint, prompts: list[str]) -> Tensor:
     """Prompts -> text states (B, L, D), each padded or cut to the tokenizer's L tokens."""
     ids = models.tokenizer(prompts, padding="max_length", max_length=models.tokenizer.model_max_length,
                            truncation=True, return_tensors="pt").input_ids  # fmt: skip
-    return models.text_encoder(ids.to(models.device))
+    states = models.text_encoder(ids.to(models.device))
+    if not states.isfinite().all():
+        models.check_finite("text_encoder")
+        raise FloatingPointError(f"the text states hold NaN or Inf; {OVERFLOW}")
+    return states
 
 
 def token_weights(tokenizer, prompt: str, factors: dict[str, float]) -> Tensor:
@@ -195,8 +199,9 @@ def magicmix(
         seeds: one a picture; B = len(seeds) pictures are made in one batch.
         size: (height, width) in pixels for a layout prompt; None for the checkpoint's own.
 
-    Raises ValueError for a value out of range, before any step, and FloatingPointError at a step whose latents are
-    not finite.
+    Raises ValueError for a value out of range, before any step; CheckpointError (a ValueError) for weights with NaN or
+    Inf, before the first step or, where they are the UNet's, at it; and FloatingPointError at a step whose latents are
+    not finite for another reason.
     """
     height, width = layout.shape[2:] if isinstance(layout, Tensor) else size or models.size
     prompts = [prompt, layout] if isinstance(layout, str) else [prompt]
@@ -222,9 +227,10 @@ def magicmix(
         content, eps = under(prompt, reweight or {}), noise()
         of_layout = None if isinstance(layout, Tensor) else under(layout, {})
         models.release("text_encoder")  # all prompts are encoded
-        if isinstance(layout, Tensor):
-            x0 = encode(models, layout).expand(count, -1, -1, -1)
-            models.release("vae")  # until decoding
+        models.check_finite("vae")  # now: what is wrong in its decoder would show at the very end
+        x0 = encode(models, layout).expand(count, -1, -1, -1) if isinstance(layout, Tensor) else None
+        models.release("vae")  # until decoding
+        if x0 is not None:
             layout_at = partial(schedule.add_noise, x0, eps)
         else:
             states = {steps: eps}
@@ -234,13 +240,15 @@ def magicmix(
             layout_at = states.__getitem__
         yield from mix(content, layout_at, K_max, K_min, nu)
 
-    return watched(run())
+    return watched(models, run())
 
 
-def watched(steps: Iterator[Step]) -> Iterator[Step]:
-    """The same steps. Raises FloatingPointError at the first whose latents are not finite."""
+def watched(models: Checkpoint, steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps. Raises FloatingPointError at the first whose latents are not finite, or CheckpointError when
+    that is the fault of the UNet's weights."""
     for step in steps:
         if not torch.isfinite(step.x).all():
+            models.check_finite("unet")
             raise FloatingPointError(f"the latents hold NaN or Inf at k = {step.k} ({step.phase}); {OVERFLOW}")
         yield step
 

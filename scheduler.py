@@ -44,6 +44,8 @@ class ScheduleConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use {' or '.join(known)}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1")
+        if not 0 <= self.steps_offset < self.num_train_timesteps:
+            raise ValueError(f"steps_offset {self.steps_offset} must be 0 or more and below {self.num_train_timesteps}")
 
 
 class Schedule:

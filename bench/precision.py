@@ -8,7 +8,7 @@ import torch
 
 import weights
 from docs.sheets import HERE
-from magicmix import decode, magicmix, open_layout
+from magicmix import decode, fit, magicmix, open_layout
 
 CASES = [("trophy", "a tiger"), ("vase", "a penguin"), ("mug", "a panda"), ("castle", "a strawberry")]
 
@@ -18,7 +18,7 @@ def pictures(dtype: torch.dtype, device: str) -> np.ndarray:
     models = weights.load(device=device, dtype=dtype)
     out = []
     for name, prompt in CASES:
-        layout, _ = open_layout(HERE / "layouts" / f"{name}.png", (128, 128))
+        layout = fit(open_layout(HERE / "layouts" / f"{name}.png")[0], (128, 128))
         *_, last = magicmix(models, prompt, layout, **models.defaults)
         out.append(np.asarray(decode(models, last.x)[0], dtype=np.float64))
     return np.stack(out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import weights
-from magicmix import decode, magicmix, open_layout
+from magicmix import decode, fit, magicmix, open_layout
 from training.data import concepts
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ class Studio:
     def mix(self, prompt: str, layout: str, **options) -> Image.Image:
         """Mixes into a file of docs/layouts, or, if there is none of that name, into that prompt."""
         path = HERE / "layouts" / f"{layout}.png"
-        source = open_layout(path, (SIDE, SIDE))[0] if path.exists() else layout
+        source = fit(open_layout(path)[0], (SIDE, SIDE)) if path.exists() else layout
         *_, last = magicmix(self.models, prompt, source, **(self.models.defaults | options))
         return decode(self.models, last.x)[0]
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weights
-from magicmix import Noise, decode, denoiser, in_steps, magicmix, mix, open_layout, token_weights, trajectory
+from magicmix import Noise, decode, denoiser, fit, in_steps, magicmix, mix, open_layout, token_weights, trajectory
 from scheduler import Schedule
 
 SIZE = (96, 160)  # height, width: not square, and not the size the model was trained at
@@ -36,7 +36,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def layout():
-    return open_layout(ROOT / "docs" / "layouts" / "teapot.png", SIZE)[0]
+    return fit(open_layout(ROOT / "docs" / "layouts" / "teapot.png")[0], SIZE)
 
 
 def last(steps):
@@ -252,7 +252,11 @@ def test_step_numbers(T, a, b):
 
 
 def test_a_nan_is_reported_with_its_step(models, layout):
-    broken = dataclasses.replace(models, unet=lambda x, t, *_: x * (float("nan") if t[0] < 500 else 0.1))
+    class Broken(torch.nn.Module):  # its weights are sound
+        def forward(self, x, t, *_):
+            return x * (float("nan") if t[0] < 500 else 0.1)
+
+    broken = dataclasses.replace(models, unet=Broken())
     with pytest.raises(FloatingPointError, match=r"NaN or Inf at k = 4 \(mixing\)"):  # the call at t[5] = 401
         last(magicmix(broken, "a tiger", layout, k_max=0.8, k_min=0.1, **SMALL))
 
@@ -278,27 +282,6 @@ def test_a_word_inside_another_is_not_found(models):
     assert outer[-len(inner) :] == inner and len(outer) > len(inner), "the case that this test needs"
     with pytest.raises(ValueError, match="'cat' is not in the prompt; its words are: a, bobcat"):
         token_weights(tokenizer, "a bobcat", {"cat": 0.0})
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reweight": {"lion": 2.0}}, "'lion' is not in the prompt; its words are: a, tiger"),
-        ({"reweight": {"": 2.0}}, "'' is not in the prompt"),
-        ({"reweight": {"tiger": float("nan")}}, "tiger=nan is not a finite number"),
-        ({"k_max": 0.2, "k_min": 0.3}, "k-min 0.3 is above k-max 0.2"),
-        ({"nu": 1.1}, "nu 1.1 is out of range"),
-        ({"nu": float("nan")}, "nu nan is out of range"),
-        ({"steps": 1000}, "steps 1000 is out of range; use 1 to 999"),
-        ({"guidance": -1.0}, "guidance -1.0 is out of range"),
-        ({"seeds": []}, "use 1 or more"),
-        ({"seeds": [-1]}, "seed -1 is out of range"),
-        ({"sampler": "euler"}, "use ddim or ddpm"),
-    ],
-)
-def test_bad_arguments_are_refused_before_any_step(models, layout, options, message):
-    with pytest.raises(ValueError, match=message):
-        magicmix(models, "a tiger", layout, **options)
 
 
 def test_the_tokenizer_is_clips(models):

@@ -13,7 +13,6 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from weights.sources import (
     NUMBERS,
     CheckpointError,
     Source,
-    not_finite,
     open_source,
     open_vae,
     part_tensors,
@@ -40,6 +38,7 @@ __all__ = ["TINY", "Checkpoint", "CheckpointError", "load"]
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
 MOST_TOKENIZER = 16 << 20  # bytes of one of a tokenizer's files; CLIP's largest, tokenizer.json, has 4 million
+DAMAGED = "get the file again if it is damaged, or use --dtype fp32 if that is finite"
 MODELS = {"text_encoder": clip.CLIPTextModel, "unet": unet.UNet2DConditionModel, "vae": vae.AutoencoderKL}
 
 
@@ -88,6 +87,14 @@ class Checkpoint:
             self._parts[name] = self._reopen[name]()
         return self._parts[name]
 
+    def check_finite(self, name: str) -> None:
+        """Reads every value of a part and raises CheckpointError that names the first tensor with NaN or Inf in it.
+        `load` looks at the first values of each tensor only: reading all is as slow as the rest of a load."""
+        for key, tensor in self.unet.state_dict().items() if name == "unet" else self._part(name).state_dict().items():
+            # The extremes are NaN where any value is; isfinite() itself would be thirty times slower.
+            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                raise CheckpointError(f"{name}: tensor {key} holds NaN or Inf; {DAMAGED}")
+
     def release(self, name: str) -> None:
         """Unmaps a part ("text_encoder" or "vae") that is used in place from its file, so that its memory does not
         stand beside the UNet's; the next use maps it again. One that was converted to another dtype or moved to a
@@ -111,13 +118,16 @@ def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> 
             raise CheckpointError(f"{where}: tensor {name} is {kind}; use float32, float16 or bfloat16")
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(part: str, tensors: dict[str, Tensor]) -> str:
     """A sha256 that tells checkpoints apart without reading them whole: of every tensor's name, shape, dtype and
-    first 64 values. Even a short fine-tuning moves those."""
+    first 64 values. Even a short fine-tuning moves those. Raises CheckpointError when one of them is NaN or Inf."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        values = tensor.flatten()[:64].contiguous()
+        if not values.isfinite().all():
+            raise CheckpointError(f"{part}: tensor {name} holds NaN or Inf; {DAMAGED}")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.flatten()[:64].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -197,16 +207,6 @@ def check_together(source: Source, tokenizer, where: str) -> None:
         raise CheckpointError(f"{where}: the tokenizer has ids that the text encoder's {text.vocab_size} lack")
 
 
-def check_finite(source: Source, alone: set[str]) -> None:
-    """Raises CheckpointError that names the first tensor with NaN or Inf in it. The parts in `alone` are mapped anew
-    and let go, so that this reading leaves no pages in memory."""
-    for part in MODELS:
-        tensors = part_tensors(part, source.files[part]) if part in alone else source.tensors[part]
-        if name := not_finite(tensors):
-            files = ", ".join(map(str, source.files[part]))
-            raise CheckpointError(f"{files}: tensor {name} holds NaN or Inf; get the file again, it is damaged")
-
-
 def clip_vocabulary(pairs: list[tuple[str, str]]) -> dict[str, int]:
     """CLIP's token ids follow from its merges: 256 bytes, 256 bytes that end a word, merges, two specials.
 
@@ -266,24 +266,21 @@ def load(
         kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
     if not opened.prediction and kind == "epsilon":  # of the bare SD2 files, those that predict v are the 768 px ones
         models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
-    # Only what lies in files of its own can be let go: a single file stays mapped for the UNet anyway.
-    alone = {part for part in MODELS if opened.layout == "folder" and (part != "vae" or vae is None)}
-    with ThreadPoolExecutor(1) as pool:  # reading every value takes about as long as importing the tokenizer's library
-        finite = pool.submit(check_finite, opened, alone)
-        second = opened.configs["text_encoder"].hidden_act == "gelu"
-        tokenizer = load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>")  # SD2 pads with id 0
-        finite.result()
+    second = opened.configs["text_encoder"].hidden_act == "gelu"
+    tokenizer = load_tokenizer(opened.tokenizer, pad="!" if second else "<|endoftext|>")  # SD2 pads with id 0
     check_together(opened, tokenizer, str(source))
     reopen = {
         part: partial(reopened, part, opened.configs[part], opened.files[part], dtypes[part])
-        for part in alone - {"unet"}
-        if device.type == "cpu" and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
+        for part in ("text_encoder", "vae")
+        # Only what lies in files of its own, in a folder: a single file stays mapped for the UNet anyway.
+        if opened.layout == "folder" and (part != "vae" or vae is None) and device.type == "cpu"
+        and all(t.dtype == dtypes[part] for t in opened.tensors[part].values())
     }
     return Checkpoint(
         tokenizer=tokenizer,
         schedule=dataclasses.replace(opened.configs["scheduler"], prediction_type=kind),
         defaults=opened.defaults,
-        identity={part: fingerprint(opened.tensors[part]) for part in MODELS},
+        identity={part: fingerprint(part, opened.tensors[part]) for part in MODELS},
         device=device,
         dtype=dtype,
         unet=models.pop("unet"),

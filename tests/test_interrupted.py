@@ -1,0 +1,99 @@
+"""Ended in the middle: by Ctrl-C, by SIGTERM, by a kill that nothing can catch."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FORKS, ROOT, command
+from PIL import Image
+
+import magicmix
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "30")
+KILLS = 50
+
+
+def overwrite_for_ever(path, seed):
+    """The command's own way of writing, again and again, each time with one of two pictures."""
+    pictures = two_pictures()
+    order = random.Random(seed)
+    while True:
+        i = order.randrange(2)
+        magicmix.save(pictures[i], path, {"picture": i})
+
+
+def two_pictures():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    return [Image.fromarray(p) for p in pixels]
+
+
+def test_a_kill_while_a_picture_is_overwritten(tmp_path):
+    """50 kills at random moments: the file is always one of the pictures, whole, with its own parameters."""
+    path, whole = tmp_path / "mix.png", []
+    for i, picture in enumerate(two_pictures()):
+        magicmix.save(picture, path, {"picture": i})
+        whole.append(path.read_bytes())
+    random_moment, written = random.Random(1), 0
+    for kill in range(KILLS):
+        path.write_bytes(whole[kill % 2])
+        old = path.stat().st_mtime_ns
+        process = FORKS.Process(target=overwrite_for_ever, args=(path, kill))
+        process.start()
+        while path.stat().st_mtime_ns == old and process.is_alive():  # it has begun
+            time.sleep(0.001)
+        time.sleep(random_moment.uniform(0, 0.1))
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert path.read_bytes() in whole
+        written += path.stat().st_mtime_ns != old
+    assert written == KILLS, "nothing was overwritten"
+    # The kills were not all between two writings: what they cut off lies beside the picture.
+    cut = [temporary for temporary in tmp_path.glob(".magicmix-*.tmp") if temporary.read_bytes() not in whole]
+    assert len(cut) >= KILLS // 10, f"only {len(cut)} kills fell into a writing"
+
+
+@pytest.mark.parametrize(("number", "expected"), SIGNALS)
+def test_a_signal_at_any_moment(number, expected, tmp_path):
+    """After the imports: the code that shells expect, no traceback, the old picture or the new one, no file besides."""
+    (tmp_path / "mix.png").write_bytes(b"old")
+    assert command(*MIX, cwd=tmp_path).code == 0
+    new, codes = (tmp_path / "mix.png").read_bytes(), []
+    started = time.monotonic()
+    assert command(*MIX, cwd=tmp_path).code == 0
+    whole_run, random_moment = time.monotonic() - started, random.Random(2)
+    for _ in range(12):
+        (tmp_path / "mix.png").write_bytes(b"old")
+        done = command(*MIX, cwd=tmp_path, kill=(number, random_moment.uniform(0.1, whole_run)))
+        assert done.code in (0, expected) and "Traceback" not in done.err, done
+        assert (tmp_path / "mix.png").read_bytes() in ((new,) if done.code == 0 else (b"old", new))
+        assert os.listdir(tmp_path) == ["mix.png"], "files were left behind"
+        codes.append(done.code)
+    assert codes.count(expected) >= 6, codes
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="waits for the handlers as Linux shows them")
+@pytest.mark.parametrize(("number", "expected"), SIGNALS)
+def test_a_signal_during_the_imports(number, expected, tmp_path):
+    """From the script's first lines on; what comes earlier, some hundredths of a second, is the interpreter's start."""
+    random_moment = random.Random(3)
+    for _ in range(5):
+        run = [sys.executable, str(ROOT / "magicmix.py"), *MIX]
+        process = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        caught, ours = 0, 1 << (signal.SIGTERM - 1)  # the interpreter itself does not catch this one
+        while not caught & ours:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            caught = int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16)
+        time.sleep(random_moment.uniform(0, 1))
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
+        assert (process.returncode, out, error) == (expected, "", "")
+    assert not os.listdir(tmp_path)
