@@ -38,7 +38,7 @@ from torch import Tensor
 
 import weights
 from scheduler import Schedule
-from weights import Checkpoint
+from weights import Checkpoint, one_line
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Beyond any use of these models; a slip or a hostile file asks for terabytes.
@@ -641,13 +641,6 @@ def follow(steps: Iterator[Step], total: int, quiet: bool) -> Step | None:
             bar.set_description(last.phase)
             bar.update()
     return last
-
-
-def one_line(text: str) -> str:
-    """Text that may come from a file, for the terminal: one line of at most 1,000 characters, control characters
-    escaped."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
 def main(argv: list[str] | None = None) -> int:

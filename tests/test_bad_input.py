@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import magicmix
 import weights
-from weights import CheckpointError
+import weights.__main__ as description
+from weights import CheckpointError, sources
 
 LAYOUT = ROOT / "docs" / "layouts" / "castle.png"
 NAN = float("nan")
@@ -323,6 +324,23 @@ def config(part, **fields):
     return write
 
 
+def another(part, **fields):
+    """A sound part of another size: its config and its file agree with each other."""
+
+    def write(folder):
+        config(part, **fields)(folder)
+        made = weights.MODELS[part](sources.read_config(folder / part / "config.json", part))
+        (path,) = (folder / part).glob("*.safetensors")
+        save_file(made.state_dict(), path)
+
+    return write
+
+
+def one_token_more(folder):
+    path = folder / "tokenizer" / "vocab.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tigers</w>": 5000}))
+
+
 def replaced(name, content):
     def write(folder):
         path = folder / name
@@ -380,6 +398,9 @@ CHECKPOINTS = {  # what is done to a copy of the embedded checkpoint, the line
     "a NaN": (spoil("unet", "conv_in.bias", 7, NAN), "unet: tensor conv_in.bias holds NaN or Inf"),
     "an Inf": (spoil("vae", "decoder.conv_in.bias", 0, float("inf")), "vae: tensor decoder.conv_in.bias holds NaN"),
     "a control character": (tensors("vae", lambda s: s.update({"\x1b[31mred": torch.ones(1)})), r"tensor \x1b[31mred"),
+    "another text encoder": (another("text_encoder", hidden_size=64), "cross_attention_dim 128, the text encoder's"),
+    "another number of channels": (another("unet", in_channels=3), "the UNet and the VAE must have 4 latent channels"),
+    "another vocabulary": (one_token_more, "the tokenizer's ids reach to 5000, the text encoder's to 2421"),
     "only a pickle": (pickled, "holds only diffusion_pytorch_model.bin, a pickle, which runs code when it is opened"),
     "an index that leaves the folder": (sharded, "'../../secret.safetensors' is not a file name in that folder"),
     "no tokenizer": (replaced("tokenizer", None), "vocab.json is missing; a CLIP tokenizer has it"),
@@ -431,7 +452,7 @@ def test_bad_checkpoints(name, tmp_path):
     if not name.startswith("options"):  # those are the command line's, not the models'
         with pytest.raises(CheckpointError) as caught:
             weights.load(folder)
-        assert message in magicmix.one_line(str(caught.value))
+        assert message in weights.one_line(str(caught.value))
 
 
 DEEP = {  # in the middle of a tensor, where loading does not look: (part, tensor, place)
@@ -468,6 +489,17 @@ def test_pickles_are_never_opened(name, there, tmp_path):
         refused("a tiger", "--layout-prompt", "a car", option, name, cwd=tmp_path, message=message)
     with pytest.raises(CheckpointError, match="is a pickle"):
         weights.load(tmp_path / name)
+
+
+def test_a_bad_checkpoint_is_described_or_refused(tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    spoil("unet", *DEEP["unet"])(folder)
+    monkeypatch.setattr(sys, "argv", ["weights", str(folder)])
+    assert description.main() == 0 and f"not finite   unet: {DEEP['unet'][0]}\n" in capsys.readouterr().out
+    replaced("vae/config.json", '{"a\\u001b": 1}')(folder)
+    assert description.main() == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("weights: ") and error.count("\n") == 1 and r"a\x1b is 1" in error
 
 
 def test_sources_that_are_none(tmp_path):

@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +27,14 @@ from weights.sources import (
     NUMBERS,
     CheckpointError,
     Source,
+    one_line,
     open_source,
     open_vae,
     part_tensors,
     probe_prediction,
 )
 
-__all__ = ["TINY", "Checkpoint", "CheckpointError", "load"]
+__all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "one_line"]
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
@@ -90,10 +91,9 @@ class Checkpoint:
     def check_finite(self, name: str) -> None:
         """Reads every value of a part and raises CheckpointError that names the first tensor with NaN or Inf in it.
         `load` looks at the first values of each tensor only: reading all is as slow as the rest of a load."""
-        for key, tensor in self.unet.state_dict().items() if name == "unet" else self._part(name).state_dict().items():
-            # The extremes are NaN where any value is; isfinite() itself would be thirty times slower.
-            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise CheckpointError(f"{name}: tensor {key} holds NaN or Inf; {DAMAGED}")
+        part = self.unet if name == "unet" else self._part(name)
+        for key in not_finite(part.state_dict()):
+            raise CheckpointError(f"{name}: tensor {key} holds NaN or Inf; {DAMAGED}")
 
     def release(self, name: str) -> None:
         """Unmaps a part ("text_encoder" or "vae") that is used in place from its file, so that its memory does not
@@ -116,6 +116,14 @@ def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> 
         if found[name].dtype not in NUMBERS:
             kind = str(found[name].dtype).removeprefix("torch.")
             raise CheckpointError(f"{where}: tensor {name} is {kind}; use float32, float16 or bfloat16")
+
+
+def not_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """The names of the tensors that hold NaN or Inf."""
+    for name, tensor in tensors.items():
+        # The extremes are NaN where any value is; isfinite() of all values would be thirty times slower.
+        if tensor.numel() and tensor.dtype in NUMBERS and not torch.stack(tensor.aminmax()).isfinite().all():
+            yield name
 
 
 def fingerprint(part: str, tensors: dict[str, Tensor]) -> str:
@@ -202,9 +210,9 @@ def check_together(source: Source, tokenizer, where: str) -> None:
     length, most = tokenizer.model_max_length, text.max_position_embeddings
     if not (type(length) is int and 2 < length <= most):
         raise CheckpointError(f"{where}: the tokenizer's model_max_length is {length!r}; the encoder takes 3 to {most}")
-    ids = [*tokenizer.get_vocab().values(), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    if not all(type(i) is int and 0 <= i < text.vocab_size for i in ids):
-        raise CheckpointError(f"{where}: the tokenizer has ids that the text encoder's {text.vocab_size} lack")
+    last, own = max(tokenizer.get_vocab().values()), text.vocab_size
+    if last >= own or None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise CheckpointError(f"{where}: the tokenizer's ids reach to {last}, the text encoder's to {own - 1}")
 
 
 def clip_vocabulary(pairs: list[tuple[str, str]]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 SOURCE is what --weights takes. Prints the layout, the family, the prediction type and how it is known, each part's
 tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file with the published
-release that it equals (releases.json), and what is missing.
+release that it equals (releases.json), what holds NaN or Inf, and what is missing.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from weights import MODELS, layouts, on_meta, sources
+from weights import MODELS, layouts, not_finite, on_meta, one_line, sources
 
 
 def ignored(source: sources.Source) -> Counter:
@@ -56,7 +56,9 @@ def describe(given: str) -> list[str]:
     for reason, count in ignored(source).items():
         lines.append(f"ignored      {count} tensors: {reason}")
     for stray in source.tensors.get("unknown", {}):
-        lines.append(f"unknown      {stray}")
+        lines.append(f"unknown      {one_line(stray)}")
+    for part in MODELS:
+        lines += [f"not finite   {part}: {one_line(name)}" for name in not_finite(source.tensors[part])]
     releases = json.loads((Path(__file__).parent / "releases.json").read_text())
     for path in sorted({f for files in source.files.values() for f in files}):
         with open(path, "rb") as file:
@@ -71,8 +73,8 @@ def main() -> int:
         return 2
     try:
         print("\n".join(describe(sys.argv[1])))
-    except ValueError as error:
-        print(f"weights: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"weights: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -62,6 +62,13 @@ PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
 
 
+def one_line(text: str) -> str:
+    """Text that may come from a file, for the terminal: one line of at most 1,000 characters, control characters
+    escaped."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with what is wrong and what would be right in one line."""
 
