@@ -90,7 +90,7 @@ class Checkpoint:
 
     def check_finite(self, name: str) -> None:
         """Reads every value of a part and raises CheckpointError that names the first tensor with NaN or Inf in it.
-        `load` looks at the first values of each tensor only: reading all is as slow as the rest of a load."""
+        `load` looks at the first values of each tensor only: reading them all would undo what mapping them saves."""
         part = self.unet if name == "unet" else self._part(name)
         for key in not_finite(part.state_dict()):
             raise CheckpointError(f"{name}: tensor {key} holds NaN or Inf; {DAMAGED}")

@@ -4,6 +4,7 @@ Tensors are memory-mapped by safetensors: opening a source reads headers and con
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import types
@@ -52,11 +53,9 @@ MOST_HEADER = 4 << 20  # bytes of a safetensors header; published ones stay belo
 MOST_TENSORS = 4_000  # in a file; the published ones have at most 1,831
 MOST_JSON = 1 << 20  # bytes of a config or an index
 MOST_LEVELS = 8  # entries of a list in a config
-MOST = {
-    "num_hidden_layers": 100, "layers_per_block": 10, "transformer_layers_per_block": 10, "vocab_size": 1_000_000,
-    "num_train_timesteps": 10_000, "sample_size": 4096,
-}  # fmt: skip
-MOST_WIDTH = 65_536  # every other whole number
+MOST_NUMBER = 65_536  # in a config, but for these
+MOST = {"num_hidden_layers": 100, "layers_per_block": 4, "transformer_layers_per_block": 4, "vocab_size": 1_000_000,
+        "num_train_timesteps": 10_000, "sample_size": 512}  # fmt: skip
 NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
@@ -98,14 +97,12 @@ class Source:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises CheckpointError when it is missing, too large, not JSON or not an object."""
+    if not path.is_file():  # a pipe or a device could be read for ever
+        raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it")
+    if path.stat().st_size > MOST_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MOST_JSON:,}")
     try:
-        if not path.is_file():  # a pipe or a device could be read for ever
-            raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it")
-        if path.stat().st_size > MOST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MOST_JSON:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -123,7 +120,9 @@ def read_config(path: Path, part: str) -> object:
         if name in fields:
             value = tuple(value) if isinstance(value, list) else value
             if value is not None and not fits(name, value, fields[name]):
-                raise CheckpointError(f"{path}: {name} is {value!r}; that is no usable value for it")
+                kind, most = inspect.formatannotation(fields[name]), MOST.get(name, MOST_NUMBER)
+                right = f"use {kind}, its numbers above 0 and at most {most:,}"
+                raise CheckpointError(f"{path}: {name} is {value!r}; that is no usable value: {right}")
             used[name] = value
         elif name in fixed:
             if value != fixed[name] and value is not None:
@@ -144,10 +143,9 @@ def fits(name: str, value: object, kind: object) -> bool:
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         return isinstance(value, tuple) and 0 < len(value) <= MOST_LEVELS and all(fits(name, v, inner) for v in value)
-    if kind is float:
-        return type(value) in (int, float) and 0 < value < 1e6
-    if kind is int:
-        return type(value) is int and (name != "steps_offset") <= value <= MOST.get(name, MOST_WIDTH)
+    if kind in (int, float):
+        whole, most = type(value) is int, MOST.get(name, MOST_NUMBER)
+        return (whole or type(value) is kind) and (0 < value <= most or (name == "steps_offset" and value == 0))
     return type(value) is kind
 
 
