@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +56,23 @@ def script(arguments: list[str], cwd: Path, log: Path) -> None:
     runpy.run_path(str(ROOT / "magicmix.py"), run_name="__main__")
 
 
+def wait_for_handlers(pid: int) -> None:
+    """Until the process catches SIGTERM, as the script does from its first lines on and the interpreter does not."""
+    caught, limit = 0, time.monotonic() + 60
+    while not caught & 1 << (signal.SIGTERM - 1):
+        assert time.monotonic() < limit, "the command does not start"
+        caught = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+
+
 def command(*arguments, cwd: Path, kill: tuple[signal.Signals, float] | None = None) -> Done:
-    """What `python magicmix.py ARGUMENTS` does in `cwd`, ended by a signal after some seconds where one is given."""
+    """What `python magicmix.py ARGUMENTS` does in `cwd`, ended by a signal some seconds after its first lines where one
+    is given."""
     log = cwd.parent / f"{cwd.name}-log"
     process = FORKS.Process(target=script, args=([str(a) for a in arguments], cwd, log))
     process.start()
     if kill:
-        process.join(kill[1])
+        wait_for_handlers(process.pid)
+        time.sleep(kill[1])
         if process.is_alive():
             os.kill(process.pid, kill[0])
     process.join(300)

@@ -548,7 +548,7 @@ def test_devices_and_dtypes_that_cannot_be(tmp_path, monkeypatch, capsys):
 
 
 LIMITED = """
-import re, resource, sys
+import resource, sys
 import magicmix, weights
 weights.load_tokenizer(None)  # its library is imported
 limit = {limit}
@@ -561,8 +561,8 @@ def limited(what, limit, *arguments, cwd):
     """The command in a process whose operating system refuses it more than that."""
     (cwd / "mix.png").write_bytes(PRECIOUS)
     code = LIMITED.format(what=what, limit=limit)
-    run = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(run, cwd=cwd, capture_output=True, text=True, timeout=300)
+    run, env = [sys.executable, "-c", code, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}  # no stacks of threads
+    done = subprocess.run(run, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert (cwd / "mix.png").read_bytes() == PRECIOUS
     assert [path.name for path in cwd.iterdir()] == ["mix.png"]
