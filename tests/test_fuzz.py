@@ -263,8 +263,10 @@ def pictures(draw):
     return draw(damaged(file)) if draw(st.integers(0, 4)) == 0 else file
 
 
-def test_the_fuzzed_picture_is_sound(again, tmp_path):
-    (tmp_path / "old.png").write_bytes(with_text(json.dumps({"parameters": PARAMETERS})))
+@pytest.mark.parametrize("text", ["a tiger", "a tiger " * 10_000])
+def test_the_fuzzed_picture_is_sound(again, tmp_path, text):
+    data = with_text(json.dumps({"parameters": PARAMETERS | {"prompt": text}}))
+    (tmp_path / "old.png").write_bytes(data)
     assert again(tmp_path / "old.png") == 0
 
 
@@ -273,7 +275,8 @@ def test_the_fuzzed_picture_is_sound(again, tmp_path):
 def test_metadata(again, file, data):
     path = file.with_name("old.png")
     path.write_bytes(data)
-    again(path)
+    with bounded_memory(len(data)):
+        again(path)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
