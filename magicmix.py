@@ -341,11 +341,14 @@ def open_layout(path: Path) -> tuple[Image.Image, str, bool]:
         picture = picture.convert("RGBA")
     except UnidentifiedImageError:
         raise ValueError(f"layout {str(path)!r} is not a readable picture; use {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"is too large ({str(error).partition(',')[0]})"
+        raise ValueError(f"layout {str(path)!r} {reason}; scale it down to fewer than 89 million pixels") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever their parsing of a broken file trips over
         reason = str(error) or type(error).__name__
-        raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it as PNG anew") from error
+        raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it anew, as PNG") from error
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), digest, more
 
 

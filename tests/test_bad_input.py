@@ -81,8 +81,8 @@ BAD_PICTURES = {
     "truncated in its signature": (lambda path: truncated(path, 5), "is not a readable picture"),
     "truncated in its header": (lambda path: truncated(path, 20), "is not a readable picture"),
     "truncated in its pixels": (lambda path: truncated(path, 2000), "is not a readable picture"),
-    "20,000 x 20,000": (lambda path: bomb(path, 20_000, 20_000), "exceeds limit of 178956970 pixels"),
-    "10,000 x 10,000": (lambda path: bomb(path, 10_000, 10_000), "exceeds limit of 89478485 pixels"),
+    "20,000 x 20,000": (lambda path: bomb(path, 20_000, 20_000), "exceeds limit of 178956970 pixels); scale it down to fewer than 89 million"),
+    "10,000 x 10,000": (lambda path: bomb(path, 10_000, 10_000), "exceeds limit of 89478485 pixels); scale it down to fewer than 89 million"),
     "float pixels": (lambda path: sample("F").save(path, "TIFF"), "its pixels are of the kind F"),
     "EPS, which is a program": (lambda path: sample().save(path, "EPS"), "is not a readable picture; use PNG, JPEG"),
 }
