@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the slow imports, which can be interrupted 
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -310,6 +311,14 @@ def check_count(count: int) -> None:
 # ------------------------------------------------------------------------------------------- the command line
 
 
+def must_be_file(path: Path, what: str, right: str) -> None:
+    """Raises FileNotFoundError or ValueError; a pipe or a device could be read for ever."""
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {str(path)!r} does not exist; {right}")
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} cannot be read: it is not a file; {right}")
+
+
 # Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
 
@@ -322,10 +331,7 @@ def open_layout(path: Path) -> tuple[Image.Image, str, bool]:
     laid on white; colour profiles are not read. Raises FileNotFoundError, or ValueError for anything but a picture of
     8 or 16 bits and of fewer than 89 million pixels (Pillow's bound against decompression bombs).
     """
-    if not path.exists():
-        raise FileNotFoundError(f"layout {str(path)!r} does not exist; give a picture file")
-    if not path.is_file():  # a pipe or a device could be read for ever
-        raise ValueError(f"layout {str(path)!r} cannot be read: it is not a file; give a picture file")
+    must_be_file(path, "layout", "give a picture file")
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as "corrupt EXIF data"
@@ -395,10 +401,7 @@ def save(picture: Image.Image, path: Path, metadata: dict) -> None:
 def read_metadata(path: Path) -> dict:
     """The parameters in a picture that this program made; their types are checked. Raises FileNotFoundError or
     ValueError."""
-    if not path.exists():
-        raise FileNotFoundError(f"picture {str(path)!r} does not exist; --again needs a magicmix picture")
-    if not path.is_file():
-        raise ValueError(f"picture {str(path)!r} cannot be read: it is not a file; --again needs a magicmix picture")
+    must_be_file(path, "picture", "--again needs a magicmix picture")
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -460,14 +463,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
 
 
-# The general defaults; a checkpoint's magicmix.json may have better ones for itself.
-DEFAULTS = {
-    "output": "mix.png", "k_max": 0.6, "k_min": 0.3, "nu": 0.9, "steps": 50, "guidance": 7.5,
-    "negative": "", "reweight": {}, "sampler": "ddim", "eta": 0.0, "seed": 0, "count": 1, "size": None,
-    "device": "auto",
-}  # fmt: skip
-
-
+# The options that magicmix() takes as they are, with its defaults; a checkpoint's magicmix.json may have better ones.
+KEYWORDS = ("k_max", "k_min", "nu", "steps", "guidance", "negative", "reweight", "sampler", "eta")
+DEFAULTS = {name: inspect.signature(magicmix).parameters[name].default for name in KEYWORDS}
+DEFAULTS |= {"reweight": {}, "seed": 0, "count": 1, "size": None, "output": "mix.png", "device": "auto"}
 # What a picture's metadata may set, and as what: never where to write or where to compute.
 PARAMETERS = {
     "prompt": str, "layout": str, "layout_prompt": str, "weights": str, "k_max": (int, float), "k_min": (int, float),
@@ -477,9 +476,8 @@ PARAMETERS = {
 }  # fmt: skip
 CHOICES = {"sampler": ("ddim", "ddpm"), "dtype": tuple(DTYPES), "vae_dtype": tuple(DTYPES),
            "prediction": ("auto", "epsilon", "v"), "upcast_attention": ("auto", "on", "off")}  # fmt: skip
-NUMBERS = ("k_max", "k_min", "nu", "steps", "guidance", "negative", "reweight", "sampler", "eta")
 LAYOUTS = {"layout", "layout_prompt"}
-MOST_TEXT = 1 << 18  # characters of metadata; three prompts as long as a command line can be have fewer
+MOST_TEXT = 1 << 18  # characters of metadata; of a prompt, some hundreds are read
 LOADING = ("weights", "vae", "no_ema", "prediction", "upcast_attention", "vae_dtype")  # recorded where they were given
 
 
@@ -586,7 +584,7 @@ def run(asked: dict) -> list[Path]:
     prompts = {name: given[name] for name in ("prompt", "layout_prompt", "negative") if name in given}
     check_count(options["count"])  # before as many seeds are listed
     seeds = range(options["seed"], options["seed"] + options["count"])
-    check(prompts.values(), seeds, options["size"] or (1, 1), **{name: options[name] for name in NUMBERS})
+    check(prompts.values(), seeds, options["size"] or (1, 1), **{name: options[name] for name in KEYWORDS})
     output = Path(options["output"])
     paths = [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds] if len(seeds) > 1 else [output]
     for path in paths:
@@ -619,15 +617,15 @@ def run(asked: dict) -> list[Path]:
             if unread := cut_off(models.tokenizer, prompt):
                 print(f"{name}: beyond {models.tokenizer.model_max_length} tokens, cut off: {one_line(unread)}")
     layout = fit(picture, size) if picture else given["layout_prompt"]
-    numbers = {name: options[name] for name in NUMBERS}
-    mixing = magicmix(models, given["prompt"], layout, seeds=seeds, size=size, **numbers)
+    keywords = {name: options[name] for name in KEYWORDS}
+    mixing = magicmix(models, given["prompt"], layout, seeds=seeds, size=size, **keywords)
     K_max, K_min = in_steps(options["k_max"], options["k_min"], options["steps"])
     last = follow(mixing, K_max + (0 if picture else options["steps"] - K_min), quiet)
     x = last.x if last else encode(models, layout).expand(len(seeds), -1, -1, -1)  # K_max = 0: the layout itself
 
     source = "layout" if picture else "layout_prompt"
     for seed, made, path in zip(seeds, decode(models, x), paths, strict=True):
-        parameters = {"prompt": given["prompt"], source: given[source], **numbers, "seed": seed, "size": size,
+        parameters = {"prompt": given["prompt"], source: given[source], **keywords, "seed": seed, "size": size,
                       "dtype": dtype} | {name: given[name] for name in LOADING if name in given}  # fmt: skip
         metadata = {"parameters": parameters, "checkpoint": models.identity, "versions": versions()}
         save(made, path, metadata | ({"layout_sha256": digest} if digest else {}))

@@ -24,7 +24,7 @@ import scheduler
 import unet
 import vae
 from weights.sources import (
-    NUMBERS,
+    FLOATS,
     CheckpointError,
     Source,
     one_line,
@@ -113,7 +113,7 @@ def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> 
         if found[name].shape != tensor.shape:
             shapes = tuple(found[name].shape), tuple(tensor.shape)
             raise CheckpointError(f"{where}: tensor {name} has shape {shapes[0]}, the config asks for {shapes[1]}")
-        if found[name].dtype not in NUMBERS:
+        if found[name].dtype not in FLOATS:
             kind = str(found[name].dtype).removeprefix("torch.")
             raise CheckpointError(f"{where}: tensor {name} is {kind}; use float32, float16 or bfloat16")
 
@@ -122,7 +122,7 @@ def not_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
     """The names of the tensors that hold NaN or Inf."""
     for name, tensor in tensors.items():
         # The extremes are NaN where any value is; isfinite() of all values would be thirty times slower.
-        if tensor.numel() and tensor.dtype in NUMBERS and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.numel() and tensor.dtype in FLOATS and not torch.stack(tensor.aminmax()).isfinite().all():
             yield name
 
 

@@ -56,7 +56,7 @@ MOST_LEVELS = 8  # entries of a list in a config
 MOST_NUMBER = 65_536  # in a config, but for these
 MOST = {"num_hidden_layers": 100, "layers_per_block": 4, "transformer_layers_per_block": 4, "vocab_size": 1_000_000,
         "num_train_timesteps": 10_000, "sample_size": 512}  # fmt: skip
-NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
 
