@@ -98,7 +98,7 @@ class Source:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises CheckpointError when it is missing, too large, not JSON or not an object."""
     if not path.is_file():  # a pipe or a device could be read for ever
-        raise CheckpointError(f"{path} is missing; a checkpoint folder in the diffusers layout has it")
+        raise CheckpointError(f"{path} is missing or not a file; a checkpoint folder in the diffusers layout has it")
     if path.stat().st_size > MOST_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MOST_JSON:,}")
     try:
@@ -154,7 +154,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which runs code when it is opened; {CONVERT}")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; only safetensors files are read")
+        raise CheckpointError(f"{path} is missing or not a file; only safetensors files are read")
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")  # the format: 8 bytes of length, a JSON header, the tensors
