@@ -7,19 +7,20 @@ k counts the sampler steps that are left: k = T is pure noise, k = 0 is clean. `
 it prepares its arguments, everything below it is the command line.
 """
 
+import os
 import signal
 import sys
 
-if __name__ == "__main__":  # before the slow imports, which can be interrupted too; 128 + the signal, as shells count
+if __name__ == "__main__":
+    # The slow imports can be interrupted too. At once: an exception in the middle of torch's own start would abort it.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, lambda number, _: os._exit(128 + number))  # 128 + the signal, as shells count
 
 import argparse
 import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import struct
 import tempfile
@@ -665,4 +666,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # an exception, from here on: save() has something to clear away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
