@@ -11,10 +11,10 @@ from torch import Tensor, nn
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head scaled dot-product attention: softmax(q k^T / sqrt(D / h)) v, head by head.
 
-    q is (B, N, D), k and v are (B, M, D), the result is (B, N, D); D must be a multiple of `heads`.
-    With `causal`, token n sees only tokens 0..n. Source: Vaswani et al. 2017, equation 1 and section 3.2.2.
+    q is (B, N, D), k and v are (B, L, D), the result is (B, N, D); D must be a multiple of `heads`. In self-attention
+    L is N. With `causal`, token n sees only tokens 0..n. Source: Vaswani et al. 2017, equation 1 and section 3.2.2.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, h, N or M, D/h)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, h, N or L, D/h)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         context_dim: width of the context; None for self-attention.
         heads: number of heads h (diffusers calls it attention_head_dim, whatever that name says).
         bias: whether to_q, to_k, to_v have a bias; Stable Diffusion's UNet has none, its VAE has one.
-        upcast: run the attention in float32. SD 2.1's query-key products overflow float16.
+        upcast: compute the attention in float32. SD 2.1's products q k^T exceed 65504, float16's largest number.
     """
 
     def __init__(self, dim: int, context_dim: int | None, heads: int, bias: bool = False, upcast: bool = False):
@@ -38,11 +38,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list: the files say to_out.0
 
     def forward(self, x: Tensor, context: Tensor | None = None, token_weights: Tensor | None = None) -> Tensor:
-        """x (B, N, D), context (B, L, context_dim) or None, token_weights (B, L) or None -> (B, N, D).
+        """x (B, N, D), context (B, L, context_dim) or None, token_weights (B, L) or None -> (B, N, D)
 
-        token_weights multiplies column l of every softmax map by s_l and does not renormalise the rows: the
-        reweighting of prompt-to-prompt (Hertz et al. 2022, section 3.2), which MagicMix takes over. Since
-        (M diag(s)) V = M (diag(s) V), scaling the value rows does the same and leaves the fused kernel in place.
+        A token weight s_l multiplies column l of every softmax map M, whose rows are not normalised again
+        (prompt-to-prompt, Hertz et al. 2022, arXiv 2208.01626, section 3.2; MagicMix takes it over). Since
+        (M diag(s)) V = M (diag(s) V), scaling the rows of V does the same and leaves the fused kernel in place.
         """
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -98,8 +98,18 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, D), row by row of the picture; D = C."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, D) -> (B, C, H, W), size = (H, W): the inverse of to_tokens."""
+    return x.transpose(1, 2).unflatten(2, size)
+
+
 class Transformer2DModel(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W): the feature map as N tokens through `depth` transformer blocks.
+    """(B, C, H, W) -> (B, C, H, W): the feature map as N = H * W tokens of width D = C through `depth` blocks.
 
     `linear` projects in and out with linear layers (SD2) instead of 1 x 1 convolutions (SD1): the same
     arithmetic, weights of another rank.
@@ -119,11 +129,10 @@ class Transformer2DModel(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, token_weights: Tensor | None = None) -> Tensor:
-        tokens = lambda y: y.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
-        image = lambda y: y.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, N, C) -> (B, C, H, W)
         y = self.norm(x)
-        y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))
+        y = self.proj_in(to_tokens(y)) if self.linear else to_tokens(self.proj_in(y))  # (B, N, D)
         for block in self.transformer_blocks:
             y = block(y, context, token_weights)
-        y = image(self.proj_out(y)) if self.linear else self.proj_out(image(y))
+        size = x.shape[2:]
+        y = to_map(self.proj_out(y), size) if self.linear else self.proj_out(to_map(y, size))  # (B, C, H, W)
         return x + y

@@ -1,4 +1,4 @@
-"""The CLIP text transformer: token ids to the states that condition the UNet.
+"""The CLIP text transformer: prompts to the states that condition the UNet, and to the weights of their tokens.
 
 SD1 uses the text tower of CLIP ViT-L/14 (quick_gelu, 12 layers). SD2 uses that of OpenCLIP ViT-H/14 (gelu, the first
 23 of its 24 layers, which its config simply calls 23 layers). Both read the last layer after the final norm.
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from attention import attend
 
-# quick_gelu is the sigmoid approximation that OpenAI trained with; exact gelu instead is off by up to 0.02 a unit.
+# quick_gelu is the sigmoid approximation that OpenAI trained with; it differs from exact gelu by up to 0.02.
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """The fields of text_encoder/config.json that shape the network; defaults are SD1's (CLIP ViT-L/14)."""
+    """The fields of text_encoder/config.json that shape the network; defaults are SD1's (CLIP ViT-L/14).
+
+    Raises ValueError for values that do not make a network.
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -112,3 +115,44 @@ class CLIPTextModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.text_model(input_ids)
+
+
+# ------------------------------------------------------------------------------------------------ prompts and tokens
+# `tokenizer` is transformers' CLIPTokenizer; its model_max_length is L.
+
+
+def encode_prompts(tokenizer, encoder: CLIPTextModel, prompts: list[str]) -> Tensor:
+    """Prompts -> text states (B, L, D), each prompt padded or cut to L tokens."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return encoder(tokens.input_ids.to(encoder.text_model.final_layer_norm.weight.device))
+
+
+def token_weights(tokenizer, prompt: str, words: dict[str, float]) -> Tensor:
+    """word -> s as the weight of every token of the prompt: (L,), 1 where no word was chosen.
+
+    A word (or several: "coffee machine") is found by its token ids, at every place where it begins a word.
+    Raises ValueError for a word without tokens or not in the prompt, listing the words that are.
+    """
+    length = tokenizer.model_max_length
+    ids = tokenizer(prompt, max_length=length, truncation=True).input_ids[1:-1]  # without start and end token
+    ends = [token.endswith("</w>") for token in tokenizer.convert_ids_to_tokens(ids)]
+    begins = [i == 0 or ends[i - 1] for i in range(len(ids))]
+    weights = torch.ones(length)
+    for word, s in words.items():
+        tokens = tokenizer(word, add_special_tokens=False).input_ids
+        places = [i for i in range(len(ids)) if tokens and begins[i] and ids[i : i + len(tokens)] == tokens]
+        if not places:
+            there = ", ".join(tokenizer.decode(ids).split()) or "(none)"
+            raise ValueError(f"token weight: {word!r} is not in the prompt; its words are: {there}")
+        for i in places:
+            weights[1 + i : 1 + i + len(tokens)] = s  # 1 +: the start token
+    return weights
+
+
+def cut_off(tokenizer, prompt: str) -> str:
+    """The end of a prompt that lies beyond L tokens and is not read; "" for most prompts."""
+    encoded = tokenizer(prompt, return_offsets_mapping=True, verbose=False)  # no warning: it is what is asked here
+    places = encoded.offset_mapping[1:-1]  # without start and end token
+    unread = places[tokenizer.model_max_length - 2 :]
+    return prompt[unread[0][0] :] if unread else ""

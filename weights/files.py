@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, a single file or the hub; what lies in it, before any network is built.
+"""A checkpoint's files: a folder or a single file; what lies in it, before any network is built.
 
 Tensors are memory-mapped by safetensors: opening a source reads headers and configs only.
 """
@@ -6,7 +6,6 @@ Tensors are memory-mapped by safetensors: opening a source reads headers and con
 import dataclasses
 import inspect
 import json
-import re
 import types
 import typing
 from pathlib import Path
@@ -19,7 +18,7 @@ import clip
 import scheduler
 import unet
 import vae
-from weights import layouts
+from weights import names
 
 # Config fields that say where a file comes from or how it was trained, not what the network computes.
 DESCRIPTIVE = {
@@ -42,30 +41,23 @@ CONFIGS = {
     "scheduler": (scheduler.ScheduleConfig, scheduler.FIXED),
 }
 STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-LAYOUTS = {
-    "text_encoder": layouts.diffusers_text,
-    "unet": layouts.diffusers_unet,
-    "vae": layouts.diffusers_vae,
+NAMES = {
+    "text_encoder": names.diffusers_text,
+    "unet": names.diffusers_unet,
+    "vae": names.diffusers_vae,
 }
 # A source may be hostile. These bounds lie far above every published model and keep what is read before the first
 # strict comparison, headers and configs, from filling the memory or taking minutes.
-MOST_HEADER = 4 << 20  # bytes of a safetensors header; published ones stay below half a million
-MOST_TENSORS = 4_000  # in a file; the published ones have at most 1,831
-MOST_JSON = 1 << 20  # bytes of a config or an index
-MOST_LEVELS = 8  # entries of a list in a config
-MOST_NUMBER = 65_536  # in a config, but for these
-MOST = {"num_hidden_layers": 100, "layers_per_block": 4, "transformer_layers_per_block": 4, "vocab_size": 1_000_000,
+MAX_HEADER = 4 << 20  # bytes of a safetensors header; published ones stay below half a million
+MAX_TENSORS = 4_000  # in a file; the published ones have at most 1,831
+MAX_JSON = 1 << 20  # bytes of a config or an index
+MAX_LEVELS = 8  # entries of a list in a config
+MAX_NUMBER = 65_536  # in a config, but for these
+MAX = {"num_hidden_layers": 100, "layers_per_block": 4, "transformer_layers_per_block": 4, "vocab_size": 1_000_000,
         "num_train_timesteps": 10_000, "sample_size": 512}  # fmt: skip
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
-
-
-def one_line(text: str) -> str:
-    """Text that may come from a file, for the terminal: one line of at most 1,000 characters, control characters
-    escaped."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
 class CheckpointError(ValueError):
@@ -77,30 +69,30 @@ class Source:
     """What lies in a checkpoint.
 
     Attributes:
-        layout: "folder" or "single file".
+        format: "folder" or "single file".
         configs: part -> its config, for text_encoder, unet, vae and scheduler.
         tensors: part -> {diffusers name: memory-mapped tensor}; a single file's strays are under "unknown".
         files: part -> the files that its tensors come from.
         tokenizer: the folder of the tokenizer's files; None for the embedded CLIP vocabulary.
         prediction: how the prediction type is known: "config", "family" (SD1), or "" when it must be probed.
-        defaults: the options in magicmix.json, if it is there.
+        own_options: those in magicmix.json, if it is there.
     """
 
-    layout: str
+    format: str
     configs: dict[str, object]
     tensors: dict[str, dict[str, Tensor]]
     files: dict[str, list[Path]]
     tokenizer: Path | None
     prediction: str
-    defaults: dict
+    own_options: dict
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises CheckpointError when it is missing, too large, not JSON or not an object."""
     if not path.is_file():  # a pipe or a device could be read for ever
-        raise CheckpointError(f"{path} is missing or not a file; a checkpoint folder in the diffusers layout has it")
-    if path.stat().st_size > MOST_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MOST_JSON:,}")
+        raise CheckpointError(f"{path} is missing or not a file; a checkpoint folder in the diffusers format has it")
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MAX_JSON:,}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -120,7 +112,7 @@ def read_config(path: Path, part: str) -> object:
         if name in fields:
             value = tuple(value) if isinstance(value, list) else value
             if value is not None and not fits(name, value, fields[name]):
-                kind, most = inspect.formatannotation(fields[name]), MOST.get(name, MOST_NUMBER)
+                kind, most = inspect.formatannotation(fields[name]), MAX.get(name, MAX_NUMBER)
                 right = f"use {kind}, its numbers above 0 and at most {most:,}"
                 raise CheckpointError(f"{path}: {name} is {value!r}; that is no usable value: {right}")
             used[name] = value
@@ -142,9 +134,9 @@ def fits(name: str, value: object, kind: object) -> bool:
         return any(fits(name, value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and 0 < len(value) <= MOST_LEVELS and all(fits(name, v, inner) for v in value)
+        return isinstance(value, tuple) and 0 < len(value) <= MAX_LEVELS and all(fits(name, v, inner) for v in value)
     if kind in (int, float):
-        whole, most = type(value) is int, MOST.get(name, MOST_NUMBER)
+        whole, most = type(value) is int, MAX.get(name, MAX_NUMBER)
         return (whole or type(value) is kind) and (0 < value <= most or (name == "steps_offset" and value == 0))
     return type(value) is kind
 
@@ -158,12 +150,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")  # the format: 8 bytes of length, a JSON header, the tensors
-        if header > MOST_HEADER:
-            raise ValueError(f"its header claims {header:,} bytes, the most that are read are {MOST_HEADER:,}")
+        if header > MAX_HEADER:
+            raise ValueError(f"its header claims {header:,} bytes, the most that are read are {MAX_HEADER:,}")
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            if len(names) > MOST_TENSORS:
-                raise ValueError(f"it has {len(names):,} tensors, the most that are read are {MOST_TENSORS:,}")
+            if len(names) > MAX_TENSORS:
+                raise ValueError(f"it has {len(names):,} tensors, the most that are read are {MAX_TENSORS:,}")
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:  # the last two from absurd shapes
         first = str(error).partition("\n")[0]
@@ -210,12 +202,18 @@ def part_files(folder: Path, stem: str, half: bool, ema: bool) -> list[Path]:
 def part_tensors(part: str, files: list[Path]) -> dict[str, Tensor]:
     """The tensors of one part in diffusers' current names, from all its files."""
     return {
-        new: t for path in files for old, tensor in read_tensors(path).items() for new, t in LAYOUTS[part](old, tensor)
+        new: t for path in files for old, tensor in read_tensors(path).items() for new, t in NAMES[part](old, tensor)
     }
 
 
+def own_options(folder: Path) -> dict:
+    """The options in a checkpoint's magicmix.json; none where there is no such file. Raises CheckpointError."""
+    path = folder / "magicmix.json"
+    return read_json(path) if path.exists() else {}
+
+
 def open_folder(folder: Path, half: bool, ema: bool) -> Source:
-    """A folder in the diffusers layout. Raises CheckpointError."""
+    """A folder in the diffusers format. Raises CheckpointError."""
     index = folder / "model_index.json"
     kind = read_json(index).get("_class_name") if index.exists() else None
     if kind not in (None, "StableDiffusionPipeline"):
@@ -226,30 +224,29 @@ def open_folder(folder: Path, half: bool, ema: bool) -> Source:
     configs = {p: read_config(path, p) for p, path in paths.items()}
     configs["scheduler"] = read_config(folder / "scheduler" / "scheduler_config.json", "scheduler")
     files = {part: part_files(folder / part, stem, half, ema) for part, stem in STEMS.items()}
-    own = folder / "magicmix.json"
     return Source(
-        layout="folder",
+        format="folder",
         configs=configs,
         tensors={part: part_tensors(part, files[part]) for part in STEMS},
         files=files,
         tokenizer=folder / "tokenizer",
         prediction="config",
-        defaults=read_json(own) if own.exists() else {},
+        own_options=own_options(folder),
     )
 
 
 def open_vae(path: Path) -> tuple[vae.VAEConfig, dict[str, Tensor], list[Path]]:
-    """An autoencoder of its own (`--vae`): a folder with config.json, or a single file in either spelling."""
+    """An autoencoder of its own (`vae`): a folder with config.json, or a single file in either spelling."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         files = part_files(folder, STEMS["vae"], half=False, ema=True)
         return read_config(folder / "config.json", "vae"), part_tensors("vae", files), files
     tensors = read_tensors(path)
-    named = layouts.split(tensors.items())["vae"]  # inside a whole checkpoint
+    named = names.split(tensors.items())["vae"]  # inside a whole checkpoint
     if not named:
-        layout = layouts.original_vae if "encoder.down.0.block.0.conv1.weight" in tensors else layouts.diffusers_vae
+        rename = names.original_vae if "encoder.down.0.block.0.conv1.weight" in tensors else names.diffusers_vae
         # Stand-alone files may carry the loss's network of their training; it is no part of the autoencoder.
-        named = {n: t for old, tensor in tensors.items() if not old.startswith("loss.") for n, t in layout(old, tensor)}
+        named = {n: t for old, tensor in tensors.items() if not old.startswith("loss.") for n, t in rename(old, tensor)}
     return vae.VAEConfig(), named, [path]
 
 
@@ -268,7 +265,7 @@ SD2_TEXT = clip.CLIPTextConfig(
 
 
 def open_single_file(path: Path, ema: bool) -> Source:
-    """An original-layout file, whose configs are those of its family. Raises CheckpointError."""
+    """A file in the original (CompVis) format, whose configs are those of its family. Raises CheckpointError."""
     tensors = read_tensors(path)
     return single_file_source(path, tensors, ema)
 
@@ -286,93 +283,19 @@ def single_file_source(path: Path, tensors: dict[str, Tensor], ema: bool) -> Sou
             raise CheckpointError(f"{path}: tensor {name} is missing; this is no Stable Diffusion 1 or 2 checkpoint")
     context = tensors[cross].shape[-1]
     refuse_other_families(tensors[first].shape[1], context, path)
-    second = context == SD2_UNET.cross_attention_dim
-    parts = layouts.split(tensors.items(), ema)
+    is_sd2 = context == SD2_UNET.cross_attention_dim
+    parts = names.split(tensors.items(), ema)
     return Source(
-        layout="single file",
+        format="single file",
         configs={
-            "text_encoder": SD2_TEXT if second else clip.CLIPTextConfig(),
-            "unet": SD2_UNET if second else unet.UNetConfig(),
+            "text_encoder": SD2_TEXT if is_sd2 else clip.CLIPTextConfig(),
+            "unet": SD2_UNET if is_sd2 else unet.UNetConfig(),
             "vae": vae.VAEConfig(),
             "scheduler": scheduler.ScheduleConfig(),
         },
         tensors=parts,
         files=dict.fromkeys(parts, [path]),
         tokenizer=None,
-        prediction="" if second else "family",
-        defaults={},
+        prediction="" if is_sd2 else "family",
+        own_options={},
     )
-
-
-# ----------------------------------------------------------------------------------------------------- the hub
-
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-
-
-def fetch(source: str, half: bool, ema: bool) -> Path:
-    """A hub id, optionally @revision, as a local folder: the needed files are fetched into huggingface_hub's cache
-    with its progress bars, and come from there when the hub cannot be reached. Raises CheckpointError."""
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    m = HUB_ID.fullmatch(source)
-    repository, revision = m["id"], m["revision"]
-    small = ["model_index.json", "magicmix.json", "scheduler/scheduler_config.json", "tokenizer/*"]
-    small += [f"{part}/config.json" for part in STEMS]
-    try:
-        facts = HfApi().model_info(repository, revision=revision, timeout=10)
-    except Exception as error:  # whatever the client's HTTP library of the day raises when there is no connection
-        if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
-            raise CheckpointError(f"hub id {source!r}: the hub answers {str(error).splitlines()[0]}") from None
-        cached = try_to_load_from_cache(repository, "unet/config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.parent
-        raise CheckpointError(
-            f"hub id {source!r} is not in the cache and the hub cannot be reached ({type(error).__name__}); "
-            "connect once, or give a folder"
-        ) from None
-    names, wanted = [file.rfilename for file in facts.siblings], []
-    for part, stem in STEMS.items():
-        order = [f"{stem}.fp16", stem] if half else [stem, f"{stem}.fp16"]
-        order = order if ema else [f"{stem}.non_ema", *order]
-        for name in order:
-            shards = re.compile(rf"{part}/{re.escape(name)}(-\d+-of-\d+)?\.safetensors")
-            if found := [n for n in names if shards.fullmatch(n)]:
-                wanted += found + [n for n in names if n.startswith(f"{part}/") and ".index." in n]
-                break
-        else:
-            raise CheckpointError(f"hub id {source!r} has no safetensors file for {part}; choose a repository that has")
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=small + wanted))
-
-
-def open_source(source: str | Path, half: bool, ema: bool) -> Source:
-    """Finds out what `source` is and opens it. Raises CheckpointError."""
-    path = Path(source)
-    if path.is_dir():
-        return open_folder(path, half, ema)
-    if path.exists() or path.suffix in {".safetensors", *PICKLES}:
-        return open_single_file(path, ema)
-    if HUB_ID.fullmatch(str(source)):
-        return open_folder(fetch(str(source), half, ema), half, ema)
-    raise CheckpointError(f"weights {str(source)!r} is no folder, no .safetensors file and no hub id")
-
-
-@torch.no_grad()
-def probe_prediction(model: unet.UNet2DConditionModel) -> tuple[str, float]:
-    """("epsilon" or "v_prediction", the number it was decided by) for a bare SD2 file, which does not say.
-
-    The test of the A1111 web UI: for a constant input of 0.5 at t = 999, a UNet that predicts epsilon returns about
-    its input (at that t it is nearly all noise), one that predicts v returns about -x0, far below. The mean of
-    output - input is compared with -1. Needs float32 and takes one small UNet call.
-    """
-    x = torch.full((1, model.config.in_channels, 8, 8), 0.5)
-    context = torch.full((1, 2, model.config.cross_attention_dim), 0.5)
-    device = model.conv_in.weight.device
-    exact = model if model.conv_in.weight.dtype == torch.float32 else None
-    if exact is None:
-        with torch.device("meta"):
-            exact = unet.UNet2DConditionModel(model.config)
-        exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()}, strict=True, assign=True)
-    output = exact(x.to(device), torch.tensor([999], device=device), context.to(device))
-    margin = (output - x.to(device)).mean().item()
-    return ("v_prediction" if margin < -1 else "epsilon"), margin

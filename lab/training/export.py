@@ -1,6 +1,6 @@
 """Last stage: the trained parts as weights/tiny, a checkpoint folder in the diffusers layout, in float16.
 
-    python -m training.export
+python -m training.export
 """
 
 import dataclasses
@@ -9,14 +9,14 @@ import shutil
 
 import torch
 from safetensors.torch import load_file, save_file
-
-from clip import CLIPTextConfig
-from scheduler import ScheduleConfig
 from training import unet as unet_stage
 from training import vae as vae_stage
 from training.common import RUNS
 from training.data import SIZE
 from training.text import TOKENIZER, text_config
+
+from clip import CLIPTextConfig
+from scheduler import ScheduleConfig
 from weights import TINY
 
 VERSION = "0.42.1"  # of diffusers, whose layout this is and whose pipelines load it in the tests

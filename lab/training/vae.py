@@ -1,6 +1,6 @@
 """Stage 3: the autoencoder, 128 x 128 pictures to 16 x 16 x 4 latents.
 
-    python -m training.vae
+python -m training.vae
 """
 
 import json
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-
 from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
 from training.data import Pictures
+
 from vae import AutoencoderKL, VAEConfig
 
 WIDTHS = (32, 64, 96, 96)

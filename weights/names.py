@@ -1,4 +1,4 @@
-"""The layouts that public files come in: one pure function each, (name, tensor) -> [(diffusers name, tensor), ...].
+"""The tensor names in public files: one pure function per format, (name, tensor) -> [(diffusers name, tensor), ...].
 
 A function knows whole names only and never replaces a part of one. A name that it does not know comes back unchanged,
 and the strict check then refuses it by that name; a name that means nothing here comes back as an empty list, and
@@ -58,7 +58,7 @@ MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 
 def original_unet(name: str, tensor: Tensor) -> Pairs:
-    """Names below `model.diffusion_model.`: blocks are numbered through, three a level: two (on the way up three)
+    """Names below `model.diffusion_model.`: blocks are numbered through, three per level: two (on the way up three)
     resnets, each with its transformer, and the resampler."""
     layer, _, leaf = name.rpartition(".")  # leaf: weight or bias
     if layer in UNET:
@@ -128,7 +128,7 @@ def openclip_text(name: str, tensor: Tensor) -> Pairs:
     return [(f"{layer}.self_attn.{part}.{m[2]}", part_rows) for part, part_rows in rows]
 
 
-# Prefix -> part and layout, the longest first.
+# Prefix -> part and name map, the longest first.
 SINGLE_FILE: dict[str, tuple[str, Callable[[str, Tensor], Pairs]]] = {
     "model.diffusion_model.": ("unet", original_unet),
     "first_stage_model.": ("vae", original_vae),
@@ -151,21 +151,21 @@ def split(items: Iterable[tuple[str, Tensor]], ema: bool = True) -> dict[str, di
     for name, tensor in items.items():
         if name in IGNORED or name in averaged:
             continue
-        part, layout, inner = place(name)
+        part, rename, inner = place(name)
         if part == "unet" and has_copy and ema:
             if averaged_name(name) not in items:
                 continue  # the strict check will name it
             tensor = items[averaged_name(name)]
-        parts[part].update(layout(inner, tensor))
+        parts[part].update(rename(inner, tensor))
     return parts
 
 
 def place(name: str) -> tuple[str, Callable[[str, Tensor], Pairs], str]:
-    """Where a single file's tensor belongs: its part, that part's layout, and its name without the prefix. What
+    """Where a single file's tensor belongs: its part, that part's name map, and its name without the prefix. What
     belongs to no part is "unknown" and keeps its name."""
-    for prefix, (part, layout) in SINGLE_FILE.items():
+    for prefix, (part, rename) in SINGLE_FILE.items():
         if name.startswith(prefix):
-            return part, layout, name.removeprefix(prefix)
+            return part, rename, name.removeprefix(prefix)
     return "unknown", diffusers_unet, name
 
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from training.data import concepts
 
 import weights
 from magicmix import decode, fit, magicmix, open_layout
-from training.data import concepts
 
 HERE = Path(__file__).parent
 SIDE, MARGIN, LABEL = 128, 4, 22

@@ -1,6 +1,6 @@
 """Stage 4: the UNet, epsilon prediction on cached latents, with the frozen text encoder.
 
-    python -m training.unet
+python -m training.unet
 """
 
 import json
@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from training import vae as vae_stage
+from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
+from training.data import Pictures
+from training.text import TOKENIZER, text_config, tokenize
 from transformers import CLIPTokenizer
 
 from clip import CLIPTextModel
 from magicmix import magicmix
 from scheduler import Schedule, ScheduleConfig
-from training import vae as vae_stage
-from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
-from training.data import Pictures
-from training.text import TOKENIZER, text_config, tokenize
 from unet import UNet2DConditionModel, UNetConfig
 from vae import AutoencoderKL
 from weights import Checkpoint

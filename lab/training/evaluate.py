@@ -8,12 +8,12 @@ text-to-image samples of every concept (four seeds, "a NAME"), autoencoder PSNR 
 
 import torch
 from tqdm import tqdm
-
-import weights
-from magicmix import magicmix
 from training.data import SIZE, Pictures, concepts, held_out
 from training.judge import Judge, judge_accuracy
 from training.vae import held_out_psnr
+
+import weights
+from magicmix import magicmix
 
 SEEDS, STEPS = [0, 1, 2, 3], 30
 

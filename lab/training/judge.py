@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-
 from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
 from training.data import Pictures, concepts, held_out
 

@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import torch
+from docs.sheets import HERE
 
 import weights
-from docs.sheets import HERE
 from magicmix import decode, fit, magicmix, open_layout
 
 CASES = [("trophy", "a tiger"), ("vase", "a penguin"), ("mug", "a panda"), ("castle", "a strawberry")]

@@ -39,7 +39,9 @@ def report():
     print(json.dumps({**times, "whole mix": started(), "peak MB": peak / 1000}))
 """
 
-OURS = COMMON + """
+OURS = (
+    COMMON
+    + """
 import torch, weights
 from magicmix import decode, magicmix
 models = weights.load(sys.argv[1])
@@ -49,9 +51,12 @@ picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 decode(models, last.x)
 report()
 """
+)
 
 # The same work on diffusers' parts: what a mix written on its pipeline does, without the classes that it does not need.
-THEIRS = COMMON + """
+THEIRS = (
+    COMMON
+    + """
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, DDIMScheduler
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32, safety_checker=None)
@@ -62,6 +67,7 @@ pipe.set_progress_bar_config(disable=True)
 pipe("a corgi", image=picture, strength=1.0, num_inference_steps=2)
 report()
 """
+)
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -70,12 +76,12 @@ def write_checkpoint(folder: Path) -> None:
 
     import torch
     from safetensors.torch import save_file
+    from weights.sources import STEMS
 
     import clip
     import unet
     import vae
     import weights
-    from weights.sources import STEMS
 
     configs = {"text_encoder": clip.CLIPTextConfig(), "unet": unet.UNetConfig(), "vae": vae.VAEConfig()}
     names = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
-
-from clip import CLIPTextConfig, CLIPTextModel
 from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
 from training.data import COLOURS, STYLES, Pictures, concepts, held_out
 from training.judge import ImageTower
+from transformers import CLIPTokenizer
+
+from clip import CLIPTextConfig, CLIPTextModel
 
 TOKENIZER = RUNS / "tokenizer"
 LENGTH = 32  # text tokens L; the longest caption has about 20

@@ -1,0 +1,124 @@
+"""The machine that a command runs on: signals, errors, device and precision.
+
+Nothing slow is imported at the top: signals are handled before torch is there.
+"""
+
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+
+
+def end_at_once_on_signals() -> None:
+    """For the imports: an exception in the middle of torch's own start would abort the process. 128 + the signal, as
+    shells count."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
+def exit_on_signals() -> None:
+    """From the imports on: an exception, since a half-written picture has to be cleared away."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def one_line(text: object) -> str:
+    """Text that may come from a file, for the terminal: one line of at most 1,000 characters, control characters
+    escaped."""
+    text = printable(" ".join(str(text).split()))
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+
+
+def printable(text: str) -> str:
+    """Text with its control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool = False) -> int:
+    """Runs a command and returns its exit code: 0, or 2 after one line on stderr for input that cannot be used.
+
+    Args:
+        program: how its lines begin.
+        work: what it does.
+        quiet: no warnings.
+        debug: the traceback above the line.
+    """
+    with warnings.catch_warnings():
+        # torch and Pillow warn as well; what this project warns of concerns the user.
+        warnings.showwarning = lambda message, *_, **__: print(f"{program}: {one_line(message)}", file=sys.stderr)
+        if quiet:
+            warnings.simplefilter("ignore")
+        try:
+            work()
+            return 0
+        except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+            message = str(error)
+            # torch has a type of its own for this on a GPU only
+            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", message):
+                message = "out of memory; a smaller --size, --count 1 or --dtype bf16 needs less"
+            elif isinstance(error, RuntimeError):
+                raise
+            if debug:
+                traceback.print_exc()
+            print(f"{program}: {one_line(message)}", file=sys.stderr)
+            return 2
+
+
+def follow(steps: Iterator, total: int, quiet: bool):
+    """Runs a generator of Steps under a progress bar that names the phase; returns the last, None if there was none."""
+    from tqdm import tqdm
+
+    last = None
+    with tqdm(total=total, disable=quiet, unit="step") as bar:
+        for last in steps:
+            bar.set_description(last.phase)
+            bar.update()
+    return last
+
+
+def choose_device(name: str):
+    """The torch.device of that name; "auto" takes a GPU where there is one. Raises ValueError for one that torch does
+    not know or that is not there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); use cpu, or auto for what is there") from error
+    return torch.device(name)
+
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def dtype_name(dtype) -> str:
+    """torch.float32 -> fp32"""
+    return {torch_name: name for name, torch_name in DTYPES.items()}[str(dtype).removeprefix("torch.")]
+
+
+def choose_dtype(name: str | None, device):
+    """The torch.dtype of that name; None is fp32 on a CPU and fp16 elsewhere. Raises ValueError when the device cannot
+    compute in it."""
+    import torch
+
+    name = name or ("fp32" if device.type == "cpu" else "fp16")
+    dtype = getattr(torch, DTYPES[name])
+    try:
+        x = torch.ones(1, 4, 4, 4, device=device, dtype=dtype)
+        torch.nn.functional.conv2d(x, x).item()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"dtype {name} cannot be used on device {str(device)!r} ({reason}); use fp32") from error
+    return dtype
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a picture's bytes depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "safetensors", "pillow", "numpy")}

@@ -1,0 +1,82 @@
+"""Noise in files: eps (B, 4, H, W), float32, as a .npy file or as the tensor "eps" of a .safetensors file.
+
+B pictures, 4 latent channels, latent height and width (an eighth of the picture's for Stable Diffusion). The values are
+standard normal. So a port can be given the very noise that was used here, and the other way round.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from command.pictures import check_writable, must_be_file, replace
+
+SUFFIXES = (".npy", ".safetensors")
+
+
+class NoiseFile(NamedTuple):
+    """Noise from a file."""
+
+    eps: Tensor  # (B, 4, H, W), float32
+    sha256: str  # of the file
+
+    def rows(self, first: int, shape: tuple[int, ...]) -> Tensor:
+        """`shape` = (count, 4, H, W) of it from row `first` on. Raises ValueError when they are not there."""
+        if self.eps.shape[1:] != shape[1:] or first + shape[0] > len(self.eps):
+            raise ValueError(f"noise has shape {tuple(self.eps.shape)}; {tuple(shape)} from row {first} on are needed")
+        return self.eps[first : first + shape[0]]
+
+
+def read(path: str | Path) -> NoiseFile:
+    """Raises FileNotFoundError or ValueError."""
+    path = Path(path)
+    must_be_file(path, "noise", "give a .npy or .safetensors file")
+    check_suffix(path)
+    try:
+        if path.suffix == ".npy":
+            eps = torch.from_numpy(np.lib.format.open_memmap(path, mode="r").astype(np.float32))
+        else:
+            eps = load_file(path)["eps"].float()
+    except (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError) as error:
+        raise ValueError(f"noise {str(path)!r} cannot be read: {error}; save an array of (B, 4, H, W)") from error
+    if eps.ndim != 4 or eps.shape[1] != 4 or not eps.isfinite().all():
+        raise ValueError(f"noise {str(path)!r} has shape {tuple(eps.shape)}; save finite numbers of shape (B, 4, H, W)")
+    with path.open("rb") as file:
+        return NoiseFile(eps, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+class Known:
+    """Noise whose first draw is known, one draw per call: `eps` (B, 4, H, W), then what `later` draws."""
+
+    def __init__(self, eps: Tensor, later: Callable[[], Tensor]):
+        self.eps, self.later, self.drawn = eps, later, 0
+
+    def __call__(self) -> Tensor:
+        self.drawn += 1
+        return self.eps if self.drawn == 1 else self.later()
+
+
+def check_target(path: str | Path) -> None:
+    """Raises ValueError or OSError when noise cannot be written to `path`."""
+    check_suffix(Path(path))
+    check_writable(Path(path), "noise")
+
+
+def write(path: str | Path, eps: Tensor) -> None:
+    """Raises OSError."""
+    eps = eps.cpu().contiguous()
+    if Path(path).suffix == ".npy":
+        replace(Path(path), "noise", lambda file: np.save(file, eps.numpy()))
+    else:
+        replace(Path(path), "noise", lambda file: file.write(save({"eps": eps})))
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"noise {str(path)!r} is of no kind that is read; let its name end in {' or '.join(SUFFIXES)}")

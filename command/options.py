@@ -1,0 +1,364 @@
+"""The options of MagicMix, each written once: name, type, default, range and help.
+
+The command line, the keywords of the Python functions, the parameters in a picture and a checkpoint's magicmix.json
+are all read from `Options`. Where an option may be set is its scope:
+
+    MIXING    how is mixed: on the command line, in Python, in a picture's parameters, in magicmix.json
+    PICTURE   what is mixed: on the command line and in a picture's parameters
+    RUN       where to write and to compute: on the command line alone
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from command.machine import one_line
+
+MIXING, PICTURE, RUN = "mixing", "picture", "run"
+ANYWHERE = (MIXING, PICTURE, RUN)
+FINITE = 1.7976931348623157e308  # the largest float
+
+
+# ------------------------------------------------------------------------------------------------- kinds of values
+# parse: the command line's text -> a value. check: raises ValueError with what is wrong and what would be right.
+
+
+@dataclass(frozen=True)
+class Number:
+    low: float
+    high: float
+    whole: bool = False
+
+    def parse(self, text: str) -> float:
+        try:
+            return int(text) if self.whole else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * self.whole}number") from None
+
+    def check(self, value: object) -> None:
+        if type(value) not in ((int,) if self.whole else (int, float)):  # bool is neither
+            raise ValueError(f"{value!r} is no {'whole ' * self.whole}number")
+        if not self.low <= value <= self.high:  # NaN is in no range
+            finite = "finite numbers" if self.low == -FINITE else f"{self.low} or more"
+            right = finite if self.high == FINITE else f"{self.low} to {self.high}"
+            raise ValueError(f"{value} is out of range; use {right}")
+
+
+@dataclass(frozen=True)
+class Text:
+    def parse(self, text: str) -> str:
+        return text
+
+    def check(self, value: object) -> None:
+        if type(value) is not str:
+            raise ValueError(f"{value!r} is no text")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{value!r} holds half a character (a surrogate); write it in UTF-8")
+
+
+@dataclass(frozen=True)
+class Choice:
+    values: tuple[str, ...]
+
+    def parse(self, text: str) -> str:
+        return text
+
+    def check(self, value: object) -> None:
+        if value not in self.values:
+            raise ValueError(f"{value!r} is not known; use {', '.join(self.values)}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file, a folder or a hub id. A file's name may hold any bytes."""
+
+    def parse(self, text: str) -> str:
+        return text
+
+    def check(self, value: object) -> None:
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError(f"{value!r} is no path")
+
+
+@dataclass(frozen=True)
+class Flag:
+    def check(self, value: object) -> None:
+        if type(value) is not bool:
+            raise ValueError(f"{value!r} is neither true nor false")
+
+
+@dataclass(frozen=True)
+class Size:
+    """(height, width) in pixels, written WIDTHxHEIGHT, or one number for both."""
+
+    largest: int
+
+    def parse(self, text: str) -> tuple[int, int]:
+        sides = text.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and len(side) < 10 for side in sides):
+            raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number of pixels or WIDTHxHEIGHT")
+        return int(sides[-1]), int(sides[0])
+
+    def check(self, value: object) -> None:
+        if not isinstance(value, list | tuple) or [type(side) for side in value] != [int, int]:
+            raise ValueError(f"{value!r} is no pair of whole numbers")
+        if not all(1 <= side <= self.largest for side in value):
+            raise ValueError(f"{value[1]}x{value[0]} is out of range; use sides of up to {self.largest} pixels")
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """word -> s, written WORD=S, once per word."""
+
+    def parse(self, text: str) -> tuple[str, float]:
+        word, _, s = text.rpartition("=")
+        if not word.strip():
+            raise argparse.ArgumentTypeError(f"{text!r} must be WORD=S, a word of the prompt and a number")
+        return word.strip(), Number(-FINITE, FINITE).parse(s)
+
+    def check(self, value: object) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is no table of words and numbers")
+        for word, s in value.items():
+            Text().check(word)
+            try:
+                Number(-FINITE, FINITE).check(s)
+            except ValueError as error:
+                raise ValueError(f"{word}: {error}; -2 to 2 is the useful range") from None
+
+
+# ----------------------------------------------------------------------------------------------------- the options
+
+
+def option(default, kind, help: str, scope: str = MIXING, *, metavar: str | None = None, unset: str = "",
+           flags: tuple[str, ...] = (), former: str = "") -> dataclasses.Field:  # fmt: skip
+    """A field of Options.
+
+    Args:
+        default: None where leaving the option out has a meaning of its own; `unset` says in words which.
+        kind: what its values are.
+        help, metavar: for --help.
+        scope: MIXING, PICTURE or RUN.
+        flags: on the command line; --NAME unless given.
+        former: its name in pictures that older versions made.
+    """
+    facts = dict(kind=kind, help=help, scope=scope, metavar=metavar, unset=unset, flags=flags, former=former)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+DTYPE = Choice(("fp32", "fp16", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Every option of magicmix.py, with the general defaults. Raises ValueError for the first value that cannot be
+    right. k_max and k_min are fractions of the T steps; the paper's K_max and K_min are steps."""
+
+    prompt: str | None = option(None, Text(), "the content: what the picture is to become", PICTURE)
+    layout: Path | None = option(
+        None, Place(), "take the layout from this picture (image-text mixing)", PICTURE, metavar="IMAGE"
+    )
+    layout_prompt: str | None = option(
+        None, Text(), "take the layout from this prompt's own denoising (text-text mixing)", PICTURE, metavar="TEXT"
+    )
+    output: Path = option(
+        "mix.png",
+        Place(),
+        "the PNG to write; with --count, the seed is added to its name",
+        RUN,
+        flags=("-o", "--output"),
+    )
+    k_max: float = option(
+        0.6, Number(0, 1), "K_max / T, where denoising starts: the larger, the less of the layout's detail is there"
+    )
+    k_min: float = option(0.3, Number(0, 1), "K_min / T, where mixing stops: the smaller, the more of the layout stays")
+    nu: float = option(0.9, Number(0, 1), "nu, the content's share in each mixture; 1 is plain image-to-image")
+    token_weights: dict[str, float] | None = option(
+        None,
+        TokenWeights(),
+        "multiply the cross-attention to a word of the prompt by its token weight s; 0 or less removes it; repeatable",
+        metavar="WORD=S",
+        unset="1 for all words",
+        flags=("--token-weight", "--reweight"),
+        former="reweight",
+    )
+    steps: int = option(50, Number(1, 999, whole=True), "T, sampler steps from noise to clean")
+    guidance: float = option(7.5, Number(0, FINITE), "g of classifier-free guidance; 1 is none")
+    negative: str = option("", Text(), "what to move away from, in place of the empty prompt", metavar="TEXT")
+    sampler: str = option("ddim", Choice(("ddim", "ddpm")), "the sampler")
+    eta: float = option(0.0, Number(0, 1), "DDIM's noise: 0 is deterministic")
+    # 4096: beyond any use of these models; a slip or a hostile file asks for terabytes.
+    size: tuple[int, int] | None = option(
+        None, Size(4096), "pixels of a side, or WIDTHxHEIGHT", unset="the checkpoint's own"
+    )
+    seed: int = option(0, Number(0, 2**64 - 1, whole=True), "the seed of the first picture's noise eps", PICTURE)
+    count: int = option(
+        1, Number(1, 1000, whole=True), "variations, with seeds SEED to SEED + N - 1, in one batch", RUN, metavar="N"
+    )
+    noise: Path | None = option(
+        None,
+        Place(),
+        "take eps from this .npy or .safetensors file of (B, 4, H, W)",
+        PICTURE,
+        metavar="FILE",
+        unset="drawn from the seed",
+    )
+    noise_row: int = option(
+        0, Number(0, FINITE, whole=True), "the row of that file that the first picture takes", PICTURE, metavar="ROW"
+    )
+    keep_noise: Path | None = option(
+        None, Place(), "write eps to this .npy or .safetensors file", RUN, metavar="FILE", unset="not written"
+    )
+    weights: Path | None = option(
+        None,
+        Place(),
+        "a checkpoint: a folder in the diffusers format, an original .safetensors file, or a hub id, optionally "
+        "@revision",
+        PICTURE,
+        metavar="SOURCE",
+        unset="the embedded one",
+    )
+    vae: Path | None = option(
+        None, Place(), "another autoencoder, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's"
+    )
+    no_ema: bool = option(False, Flag(), "the raw weights, where a file has averaged ones too", PICTURE)
+    prediction: str = option(
+        "auto",
+        Choice(("auto", "epsilon", "v")),
+        "what the UNet predicts; auto: as its config says, or a probe",
+        PICTURE,
+    )
+    upcast_attention: str = option(
+        "auto", Choice(("auto", "on", "off")), "attention in float32; auto: as the config says", PICTURE
+    )
+    device: str = option("auto", Text(), "cpu, cuda, mps ...; auto: a GPU where there is one", RUN)
+    dtype: str | None = option(
+        None, DTYPE, "precision of the text encoder and the UNet", PICTURE, unset="fp32 on a CPU, fp16 on a GPU"
+    )
+    vae_dtype: str = option("fp32", DTYPE, "precision of the VAE; fp16 overflows in some checkpoints", PICTURE)
+    quiet: bool = option(False, Flag(), "no progress bar, no messages but the paths that --again follows", RUN)
+    debug: bool = option(False, Flag(), "show the traceback of an error as well", RUN)
+    again: Path | None = option(
+        None,
+        Place(),
+        "make a picture again from the parameters in it; other options override them",
+        RUN,
+        metavar="PICTURE",
+    )
+
+    def __post_init__(self):
+        check({name: value for name, value in vars(self).items() if value is not None})
+
+    def only(self, scope: str) -> dict:
+        """The options of one scope, by name."""
+        return {name: getattr(self, name) for name in names(scope)}
+
+
+FACTS = {field.name: field.metadata for field in dataclasses.fields(Options)}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+
+
+def names(*scopes: str) -> list[str]:
+    """The names of the options of these scopes."""
+    return [name for name, facts in FACTS.items() if facts["scope"] in scopes]
+
+
+def check(values: dict, where: str = "", scopes: Sequence[str] = ANYWHERE) -> None:
+    """Raises ValueError for the first value that cannot be right.
+
+    Args:
+        values: option -> value, of some options or of all.
+        where: the file that they come from, to begin the message with.
+        scopes: of the options that may stand there.
+    """
+    for name, value in values.items():
+        if name not in names(*scopes):
+            raise ValueError(f"{where}{name} = {value!r} may not stand there; use {', '.join(names(*scopes))}")
+        try:
+            FACTS[name]["kind"].check(value)
+        except ValueError as error:
+            raise ValueError(f"{where}{name} {error}") from None
+    k_max, k_min = values.get("k_max", 1), values.get("k_min", 0)
+    if k_min > k_max:
+        raise ValueError(f"{where}k_min {k_min} is above k_max {k_max}; mixing runs from k_max down to k_min")
+    last = values.get("seed", 0) + values.get("count", 1) - 1
+    if last > FACTS["seed"]["kind"].high:
+        raise ValueError(f"{where}seed {last}, the last of count {values['count']}, is out of range; use a smaller one")
+
+
+def of_mix(own: dict, given: dict) -> Options:
+    """The options of a mix in Python: the general defaults, over them the checkpoint's own, over them what was given.
+
+    Raises ValueError for a value that cannot be right, TypeError for a given option that is none of the mixing.
+    """
+    check(own, "magicmix.json: ", (MIXING,))
+    given = todays_names(given)
+    if unknown := sorted(given.keys() - names(MIXING)):
+        raise TypeError(f"{unknown[0]!r} is no option of the mixing; those are {', '.join(names(MIXING))}")
+    return Options(**(own | given))
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
+
+
+def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
+    """The options that were given, by name; those that were not are absent. Ends the process with exit code 2 and one
+    line for what cannot be parsed.
+
+    Args:
+        argv: without the program's name.
+        description: of the command, for --help.
+        embedded: the embedded checkpoint's own defaults, for --help.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("magicmix.py", description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)
+    for name, facts in FACTS.items():
+        kind, text = facts["kind"], facts["help"] + default_text(name, embedded)
+        if name == "prompt":
+            parser.add_argument(name, nargs="?", help=text)
+        elif isinstance(kind, Flag):
+            parser.add_argument(*flags(name), dest=name, action="store_true", help=text)
+        else:
+            action = "append" if isinstance(kind, TokenWeights) else "store"
+            metavar = "|".join(kind.values) if isinstance(kind, Choice) else facts["metavar"]
+            parser.add_argument(*flags(name), dest=name, type=kind.parse, action=action, metavar=metavar, help=text)
+    given = vars(parser.parse_args(argv))
+    return given | {name: dict(given[name]) for name in ("token_weights",) if name in given}
+
+
+def flags(name: str) -> tuple[str, ...]:
+    return FACTS[name]["flags"] or (f"--{name.replace('_', '-')}",)
+
+
+def default_text(name: str, embedded: dict) -> str:
+    """The default of an option as --help shows it, and that of the embedded checkpoint where it has another."""
+    default = DEFAULTS[name] if DEFAULTS[name] not in (None, "") else FACTS[name]["unset"]
+    if isinstance(FACTS[name]["kind"], Flag) or default == "":
+        return ""
+    own = f"; {embedded[name]} with the embedded checkpoint" if embedded.get(name, default) != default else ""
+    return f" [{default}{own}]"
+
+
+def todays_names(recorded: dict) -> dict:
+    """Options by name, some of whose names have changed since."""
+    formers = {facts["former"]: name for name, facts in FACTS.items() if facts["former"]}
+    return {formers.get(name, name): value for name, value in recorded.items()}
+
+
+def recall(recorded: dict, asked: dict) -> dict:
+    """The parameters in a picture, overridden by the options asked for. A path that comes from the picture is printed
+    before anybody follows it."""
+    layouts = {"layout", "layout_prompt"}
+    if asked.keys() & layouts:  # a layout of either kind replaces the recorded one
+        recorded = {name: value for name, value in recorded.items() if name not in layouts}
+    for name in FACTS:
+        if name in recorded and name not in asked and isinstance(FACTS[name]["kind"], Place):
+            print(f"{name}: {one_line(recorded[name])}")
+    return recorded | asked

@@ -1,0 +1,182 @@
+"""Pictures in files: the layout that is read, the mix that is written, and the parameters in it."""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from command import options
+
+# Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
+MAX_TEXT = 1 << 18  # characters of metadata; of a prompt, some hundreds are read
+
+
+def must_be_file(path: Path, what: str, right: str) -> None:
+    """Raises FileNotFoundError or ValueError; a pipe or a device could be read for ever."""
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {str(path)!r} does not exist; {right}")
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} cannot be read: it is not a file; {right}")
+
+
+# ------------------------------------------------------------------------------------------------------ the layout
+
+
+class Layout(NamedTuple):
+    """A layout's picture file."""
+
+    picture: Image.Image  # RGB
+    sha256: str  # of the file
+    is_animated: bool  # it holds more pictures than this, the first one
+
+
+def open_layout(path: str | Path) -> Layout:
+    """Reads a picture file.
+
+    EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted, and transparency is
+    laid on white; colour profiles are not read. Raises FileNotFoundError, or ValueError for anything but a picture of
+    8 or 16 bits and of fewer than 89 million pixels (Pillow's bound against decompression bombs).
+    """
+    path = Path(path)
+    must_be_file(path, "layout", "give a picture file")
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "corrupt EXIF data"
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with Image.open(file, formats=FORMATS) as opened:
+                is_animated = getattr(opened, "is_animated", False)
+                picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.mode in ("I", "F", "LAB"):
+            raise ValueError(f"its pixels are of the kind {picture.mode}")
+        picture = picture.convert("RGBA")
+    except UnidentifiedImageError:
+        raise ValueError(f"layout {str(path)!r} is not a readable picture; use {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"is too large ({str(error).partition(',')[0]})"
+        raise ValueError(f"layout {str(path)!r} {reason}; scale it down to fewer than 89 million pixels") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever their parsing of a broken file trips over
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it anew, as PNG") from error
+    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return Layout(on_white, digest, is_animated)
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture as (1, 3, H, W) in [-1, 1]: resized to cover `size` = (height, width) and centre-cropped to it."""
+    pixels = np.array(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
+    """What is done to a layout's picture, if there is one, on its way to `size` = (height, width)."""
+    if layout and layout.is_animated:
+        yield "layout: it holds more than one picture; the first is used"
+    if layout and layout.picture.size != size[::-1]:
+        before, after = (f"{width}x{height}" for width, height in (layout.picture.size, size[::-1]))
+        yield f"layout: resized and centre-cropped from {before} to {after}"
+
+
+def to_images(y: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in [-1, 1] as images of 8 bits: clipped, then the nearest grey level, as diffusers rounds."""
+    pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# ------------------------------------------------------------------------------------------------------ the output
+
+
+def output_paths(output: str | Path, seeds: range) -> list[Path]:
+    """Where the picture of each seed goes: `output` itself for one seed, otherwise with the seed in the name. Raises
+    ValueError or OSError when no picture can be written there, before there is one."""
+    path = Path(output)
+    if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:
+        raise ValueError(f"output {str(path)!r} would hold a PNG; let its name end in .png")
+    paths = [path] if len(seeds) == 1 else [path.with_name(f"{path.stem}-{s}{path.suffix}") for s in seeds]
+    for path in paths:
+        check_writable(path, "output")
+    return paths
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raises ValueError or OSError when no file can be written to `path`."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{what} folder {str(path.parent)!r} does not exist; make it first")
+    if path.exists() and not path.is_file():  # a folder; /dev/null, which must not be replaced
+        raise ValueError(f"{what} {str(path)!r} is not a file; give a name for the file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = f"cannot be written to: {error.strerror}"
+        raise ValueError(f"{what} folder {str(path.parent)!r} {reason}; choose another") from error
+
+
+def replace(path: Path, what: str, write) -> None:
+    """Writes a file beside the old one first, so that whatever happens, `path` holds the old one or the new one, whole.
+
+    Args:
+        path: of the file.
+        what: it is, in an error message.
+        write: called with the open binary file.
+
+    Raises OSError.
+    """
+    temporary = path.with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the content before the name: a power cut must not leave an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}"
+        raise OSError(f"{what} {str(path)!r} {reason}; choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(picture: Image.Image, path: Path, metadata: dict) -> None:
+    """Writes a PNG with the metadata as its text "magicmix", in JSON. Raises OSError."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
+    replace(path, "output", lambda file: picture.save(file, format="PNG", pnginfo=info))
+
+
+def read_metadata(path: str | Path) -> dict:
+    """The metadata in a picture that this program made; its "parameters" are options that may stand in a picture.
+    Raises FileNotFoundError or ValueError."""
+    path = Path(path)
+    must_be_file(path, "picture", "--again needs a magicmix picture")
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("PNG",)) as picture:  # reads up to the pixels, which are not needed
+                text = picture.info.get("magicmix")
+        if text and len(text) > MAX_TEXT:
+            raise ValueError(f"its parameters have {len(text):,} characters")
+        metadata = json.loads(text) if text else None
+    except UnidentifiedImageError:
+        raise ValueError(f"picture {str(path)!r} is not a readable PNG; --again needs a magicmix picture") from None
+    except (OSError, SyntaxError, ValueError, RecursionError, struct.error) as error:
+        raise ValueError(f"picture {str(path)!r} cannot be read: {error}; --again needs a magicmix picture") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("parameters"), dict):
+        raise ValueError(f"picture {str(path)!r} has no magicmix parameters; --again needs a picture that has")
+    parameters = options.todays_names(metadata["parameters"])
+    options.check(parameters, f"picture {str(path)!r}: ", (options.MIXING, options.PICTURE))
+    return metadata | {"parameters": parameters}

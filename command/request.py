@@ -1,0 +1,120 @@
+"""What a command asks for, with the files that it names: read and checked before a checkpoint is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from command import machine, noise, options, pictures
+from command.options import MIXING, PICTURE
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command's request. request["nu"] is an option as it was given, or its general default.
+
+    Attributes:
+        given: the options that were typed, over those of the picture that is made again; others are absent.
+        before: the metadata of that picture; empty where none is made again.
+        seeds, paths: of the pictures to make.
+        layout: the layout's picture, None for a layout prompt.
+        noise: eps from a file, None where it is drawn.
+    """
+
+    given: dict
+    before: dict
+    seeds: range
+    paths: list[Path]
+    layout: pictures.Layout | None
+    noise: noise.NoiseFile | None
+
+    def __getitem__(self, name: str) -> object:
+        return self.given.get(name, options.DEFAULTS[name])
+
+    def mixing(self) -> dict:
+        """Those given that say how to mix."""
+        return {name: value for name, value in self.given.items() if name in options.names(MIXING)}
+
+    def loading(self) -> dict:
+        """The arguments of weights.load, but for the source of an embedded checkpoint."""
+        device = machine.choose_device(self["device"])
+        source = {} if self["weights"] is None else {"source": self["weights"]}
+        return source | {
+            "device": device,
+            "dtype": machine.choose_dtype(self["dtype"], device),
+            "vae": self["vae"],
+            "ema": not self["no_ema"],
+            "prediction": self["prediction"],
+            "upcast_attention": {"auto": None, "on": True, "off": False}[self["upcast_attention"]],
+            "vae_dtype": machine.choose_dtype(self["vae_dtype"], device),
+            "free_after_use": True,
+        }
+
+    def noise_of(self, drawn: Callable[[], Tensor]) -> noise.Known:
+        """The noise of the pictures: eps from the file where one is given, otherwise, and for samplers that need more,
+        as it is drawn from the seeds. Writes eps where that is asked for. Raises ValueError or OSError."""
+        eps = drawn()  # (B, 4, H, W), drawn in any case, so that the later draws are the same
+        if self.noise:
+            eps = self.noise.rows(self["noise_row"], eps.shape).to(eps.device)
+        if self["keep_noise"]:
+            noise.write(self["keep_noise"], eps)
+        return noise.Known(eps, drawn)
+
+    def tell(self, *lines: object) -> None:
+        """Prints the lines, unless --quiet was given."""
+        if not self["quiet"]:
+            for line in lines:
+                print(line)
+
+    def check_checkpoint(self, identity: dict[str, str]) -> None:
+        """Raises ValueError when the picture to make again was made with a checkpoint of another identity."""
+        recorded = self.before.get("checkpoint", identity)
+        if not isinstance(recorded, dict) or not recorded.items() <= identity.items():
+            raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
+
+    def metadata(self, row: int, mixing: options.Options, models) -> dict:
+        """What the picture of the seed in that row carries: all that --again needs. `mixing` and `models` are those
+        that it was made with."""
+        parameters = {name: self.given[name] for name in options.names(PICTURE) if name in self.given}
+        parameters |= {name: value for name, value in mixing.only(MIXING).items() if value is not None}
+        parameters |= {"seed": self.seeds[row], "dtype": machine.dtype_name(models.dtype)}
+        digests = {}
+        if self.layout:
+            digests["layout_sha256"] = self.layout.sha256
+        if self.noise:
+            parameters["noise_row"] = self["noise_row"] + row
+            digests["noise_sha256"] = self.noise.sha256
+        return {"parameters": parameters, "checkpoint": models.identity, "versions": machine.versions()} | digests
+
+
+def read(asked: dict) -> Request:
+    """Reads and checks all that can be before a checkpoint is there.
+
+    Args:
+        asked: the options that were typed.
+
+    Raises ValueError or OSError that names the first thing that is wrong.
+    """
+    before = pictures.read_metadata(asked["again"]) if "again" in asked else {}
+    given = options.recall(before["parameters"], asked) if before else asked
+    options.check(given)
+    if "prompt" not in given:
+        raise ValueError("the content prompt is missing; give it as the first argument")
+    if ("layout" in given) == ("layout_prompt" in given):
+        raise ValueError("give one of --layout IMAGE and --layout-prompt TEXT")
+    seed, count = (given.get(name, options.DEFAULTS[name]) for name in ("seed", "count"))
+    request = Request(
+        given,
+        before,
+        seeds=range(seed, seed + count),
+        paths=pictures.output_paths(given.get("output", options.DEFAULTS["output"]), range(seed, seed + count)),
+        layout=pictures.open_layout(given["layout"]) if "layout" in given else None,
+        noise=noise.read(given["noise"]) if "noise" in given else None,
+    )
+    for name, file in (("layout", request.layout), ("noise", request.noise)):
+        if file and name not in asked and before.get(f"{name}_sha256", file.sha256) != file.sha256:
+            raise ValueError(f"{name} {given[name]!r} has changed; give the file to use with --{name}")
+    if "keep_noise" in given:
+        noise.check_target(given["keep_noise"])
+    return request
