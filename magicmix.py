@@ -3,8 +3,8 @@
     python magicmix.py "PROMPT" --layout IMAGE            mixes the picture's layout with the prompt's content
     python magicmix.py "PROMPT" --layout-prompt "TEXT"    takes the layout from a prompt instead
 
-k counts the sampler steps that are left, from T (noise) down to 0 (clean). Latents x are float32 (B, 4, H, W), scaled as
-the UNet sees them: B pictures, latent height H and width W.
+k counts the sampler steps that are left, from T (noise) down to 0 (clean). Latents x are float32 (B, 4, H, W), scaled
+as the UNet sees them: B pictures, latent height H and width W.
 """
 
 from command import machine
@@ -185,7 +185,7 @@ def magicmix(
             negative, token_weights, sampler, eta, and size = (height, width) in pixels for a layout prompt. What is not
             given is the checkpoint's own default, or else the general one.
 
-    Raises, from the first step on, ValueError for a value that cannot be right, CheckpointError (a ValueError) for
+    Raises, when a step is asked for, ValueError for a value that cannot be right, CheckpointError (a ValueError) for
     weights with NaN or Inf, and FloatingPointError for numbers that overflow.
     """
     o = options.of_mix(models.defaults, given)
@@ -242,8 +242,8 @@ def decode(models: Checkpoint, x: Tensor) -> list[Image]:
 
 @torch.no_grad()
 def make(asked: dict) -> None:
-    """Does what the command line asks for. Raises ValueError or OSError for what is wrong with it, before the checkpoint
-    is loaded where that is possible, else before the first step; and what `magicmix` raises."""
+    """Does what the command line asks for. Raises ValueError or OSError for what is wrong with it, before the
+    checkpoint is loaded where that is possible, else before the first step; and what `magicmix` raises."""
     r = request.read(asked)
     models = weights.load(**r.loading())
     r.check_checkpoint(models.identity)

@@ -1,1 +1,1 @@
-"""What magicmix.py needs besides the algorithm: its options, pictures and noise in files, and the machine it runs on."""
+"""What magicmix.py needs besides the algorithm: its options, the files it reads and writes, the machine it runs on."""

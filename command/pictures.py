@@ -94,7 +94,7 @@ def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
 
 
 def to_images(y: Tensor) -> list[Image.Image]:
-    """Pictures (B, 3, H, W) in [-1, 1] as images of 8 bits: clipped, then the nearest grey level, as diffusers rounds."""
+    """Pictures (B, 3, H, W) in [-1, 1] as images of 8 bits: clipped, then rounded to the nearest grey level."""
     pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 

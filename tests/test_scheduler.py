@@ -1,5 +1,7 @@
 """The samplers against diffusers' schedulers, and the noise schedule against its closed form."""
 
+import warnings
+
 import diffusers
 import pytest
 import torch
@@ -34,7 +36,7 @@ def whole_run(steps, prediction, oracle, step, noise_seed=None):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [10, 20, 30, 50])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim(steps, prediction, eta):
     oracle = diffusers.DDIMScheduler(prediction_type=prediction, set_alpha_to_one=False, **PUBLISHED)
     step = lambda schedule, x, output, k, noise: schedule.ddim(x, output, k, eta, noise)
@@ -46,6 +48,30 @@ def test_ddim(steps, prediction, eta):
 def test_ddpm(steps, prediction):
     oracle = diffusers.DDPMScheduler(prediction_type=prediction, timestep_spacing="leading", **PUBLISHED)
     assert whole_run(steps, prediction, oracle, Schedule.ddpm) <= BOUND
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_schedule(kind, offset):
+    fields = dict(beta_start=0.001, beta_end=0.02, beta_schedule=kind, steps_offset=offset, num_train_timesteps=500)
+    oracle = diffusers.DDIMScheduler(set_alpha_to_one=False, clip_sample=False, **fields)
+    for steps in (1, 7, 50, 499):
+        schedule = Schedule(ScheduleConfig(**fields), steps)
+        oracle.set_timesteps(steps)
+        assert oracle.timesteps.tolist() == schedule.t[:0:-1]
+        assert relative_error(schedule.alphas_cumprod, oracle.alphas_cumprod) <= BOUND
+
+
+def test_adding_noise():
+    oracle = diffusers.DDIMScheduler(**PUBLISHED)
+    schedule = Schedule(ScheduleConfig(), 30)
+    x0, eps = torch.randn(SHAPE), torch.randn(SHAPE)
+    before = x0.clone(), eps.clone()
+    for k in range(1, 31):
+        expected = oracle.add_noise(x0, eps, torch.tensor([schedule.t[k]]))
+        assert relative_error(schedule.add_noise(x0, eps, k), expected) <= BOUND
+    assert torch.equal(schedule.add_noise(x0, eps, 0), x0)
+    assert torch.equal(x0, before[0]) and torch.equal(eps, before[1])
 
 
 def closed_form(t):
@@ -62,6 +88,20 @@ def test_published_facts():
     assert Schedule(ScheduleConfig(), 30).t[30] == 958
     assert schedule.abar(0).item() == pytest.approx(0.99915, abs=1e-6)  # set_alpha_to_one: false
     assert schedule.abar(50).item() == pytest.approx(closed_form(981), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "t", "kept"), [(50, 981, 0.076), (501, 501, 0.524), (750, 750, 0.237), (334, 667, 0.323), (1, 1, 0.999)]
+)
+def test_how_much_noise_the_start_is(steps, t, kept):
+    """Leading spacing does not reach pure noise, and above T = 500 it stops at t[T] = T. sqrt(abar_T), closed form."""
+    schedule = Schedule(ScheduleConfig(), steps)
+    assert schedule.t[steps] == t and closed_form(t) ** 0.5 == pytest.approx(kept, abs=5e-4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule.warn_if_not_noise()
+    expected = f"steps {steps}: denoising from noise starts at timestep {t}, where {kept:.2f} of a picture"
+    assert [str(w.message).startswith(expected) for w in caught] == ([True] if kept > 0.15 else [])
 
 
 @given(st.integers(1, 999), st.data())
@@ -83,3 +123,17 @@ def test_noising_is_undone_by_the_prediction(steps, data):
 def test_steps_out_of_range(steps):
     with pytest.raises(ValueError, match=f"steps {steps} is out of range; use 1 to 999"):
         Schedule(ScheduleConfig(), steps)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(beta_schedule="squaredcos_cap_v2"), "beta_schedule 'squaredcos_cap_v2' is not known; use scaled_linear"),
+        (dict(prediction_type="sample"), "prediction_type 'sample' is not known; use epsilon or v_prediction"),
+        (dict(beta_start=0.02), "must rise between 0 and 1"),
+        (dict(steps_offset=1000), "steps_offset 1000 must be 0 or more and below 1000"),
+    ],
+)
+def test_configs_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**fields)
