@@ -2,9 +2,6 @@
 
     python magicmix.py "PROMPT" --layout IMAGE            mixes the picture's layout with the prompt's content
     python magicmix.py "PROMPT" --layout-prompt "TEXT"    takes the layout from a prompt instead
-
-k counts the sampler steps that are left, from T (noise) down to 0 (clean). Latents x are float32 (B, 4, H, W), scaled
-as the UNet sees them: B pictures, latent height H and width W.
 """
 
 from command import machine
@@ -31,6 +28,8 @@ from weights import Checkpoint
 Draw = Callable[[], Tensor]  # one draw of standard normal noise (B, 4, H, W) per call
 
 # --------------------------------------------------------------------------------------------------- the algorithm
+# k counts the sampler steps that are left, from T (noise) down to 0 (clean). Latents x are float32 (B, 4, H, W), scaled
+# as the UNet sees them: B pictures, latent height H and width W.
 
 
 class Step(NamedTuple):
@@ -214,8 +213,9 @@ def magicmix(
 def text_to_image(
     models: Checkpoint, prompt: str, *, seeds: Sequence[int] = (0,), noise: Draw | None = None, **given
 ) -> Iterator[Step]:
-    """A prompt alone, from noise to clean: a generator of T Steps. Arguments and errors are those of `magicmix`."""
-    o = options.of_mix(models.defaults, given)
+    """A prompt alone, from noise to clean: a generator of T Steps. Arguments and errors are those of `magicmix`, without
+    the layout, k_max, k_min and nu."""
+    o = options.of_mix(models.defaults, given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
     noise = noise or Noise(seeds, models.latent_size(o.size), models.device)

@@ -89,7 +89,7 @@ class Schedule:
             warnings.warn(
                 f"steps {self.T}: denoising from noise starts at timestep {self.t[self.T]}, where {kept:.2f} of a "
                 "picture should be left; 50 steps start at 0.08",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def add_noise(self, x0: Tensor, eps: Tensor, k: int) -> Tensor:

@@ -48,8 +48,7 @@ def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool
         debug: the traceback above the line.
     """
     with warnings.catch_warnings():
-        # torch and Pillow warn as well; what this project warns of concerns the user.
-        warnings.showwarning = lambda message, *_, **__: print(f"{program}: {one_line(message)}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: say(f"{program}: {one_line(message)}")
         if quiet:
             warnings.simplefilter("ignore")
         try:
@@ -78,6 +77,13 @@ def follow(steps: Iterator, total: int, quiet: bool):
             bar.set_description(last.phase)
             bar.update()
     return last
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
 
 
 def choose_device(name: str):

@@ -132,8 +132,17 @@ class TokenWeights:
 # ----------------------------------------------------------------------------------------------------- the options
 
 
-def option(default, kind, help: str, scope: str = MIXING, *, metavar: str | None = None, unset: str = "",
-           flags: tuple[str, ...] = (), former: str = "") -> dataclasses.Field:  # fmt: skip
+def option(
+    default: object,
+    kind: object,
+    help: str,
+    scope: str = MIXING,
+    *,
+    metavar: str | None = None,
+    unset: str = "",
+    flags: tuple[str, ...] = (),
+    former: str = "",
+) -> dataclasses.Field:
     """A field of Options.
 
     Args:
@@ -156,34 +165,26 @@ class Options:
     """Every option of magicmix.py, with the general defaults. Raises ValueError for the first value that cannot be
     right. k_max and k_min are fractions of the T steps; the paper's K_max and K_min are steps."""
 
+    # fmt: off
     prompt: str | None = option(None, Text(), "the content: what the picture is to become", PICTURE)
     layout: Path | None = option(
-        None, Place(), "take the layout from this picture (image-text mixing)", PICTURE, metavar="IMAGE"
-    )
+        None, Place(), "take the layout from this picture (image-text mixing)", PICTURE, metavar="IMAGE")
     layout_prompt: str | None = option(
-        None, Text(), "take the layout from this prompt's own denoising (text-text mixing)", PICTURE, metavar="TEXT"
-    )
+        None, Text(), "take the layout from this prompt's own denoising (text-text mixing)", PICTURE, metavar="TEXT")
     output: Path = option(
-        "mix.png",
-        Place(),
-        "the PNG to write; with --count, the seed is added to its name",
-        RUN,
-        flags=("-o", "--output"),
-    )
+        "mix.png", Place(), "the PNG to write; with --count, the seed is added to its name", RUN,
+        flags=("-o", "--output"))
+
     k_max: float = option(
-        0.6, Number(0, 1), "K_max / T, where denoising starts: the larger, the less of the layout's detail is there"
-    )
-    k_min: float = option(0.3, Number(0, 1), "K_min / T, where mixing stops: the smaller, the more of the layout stays")
-    nu: float = option(0.9, Number(0, 1), "nu, the content's share in each mixture; 1 is plain image-to-image")
+        0.6, Number(0, 1), "K_max / T, where denoising starts: the larger, the less of the layout's detail is there")
+    k_min: float = option(
+        0.3, Number(0, 1), "K_min / T, where mixing stops: the smaller, the more of the layout stays")
+    nu: float = option(
+        0.9, Number(0, 1), "nu, the content's share in each mixture; 1 is plain image-to-image")
     token_weights: dict[str, float] | None = option(
-        None,
-        TokenWeights(),
-        "multiply the cross-attention to a word of the prompt by its token weight s; 0 or less removes it; repeatable",
-        metavar="WORD=S",
-        unset="1 for all words",
-        flags=("--token-weight", "--reweight"),
-        former="reweight",
-    )
+        None, TokenWeights(), "multiply the cross-attention to a word of the prompt by its token weight s; 0 or less "
+        "removes it; repeatable", metavar="WORD=S", unset="1 for all words", flags=("--token-weight", "--reweight"),
+        former="reweight")
     steps: int = option(50, Number(1, 999, whole=True), "T, sampler steps from noise to clean")
     guidance: float = option(7.5, Number(0, FINITE), "g of classifier-free guidance; 1 is none")
     negative: str = option("", Text(), "what to move away from, in place of the empty prompt", metavar="TEXT")
@@ -191,62 +192,42 @@ class Options:
     eta: float = option(0.0, Number(0, 1), "DDIM's noise: 0 is deterministic")
     # 4096: beyond any use of these models; a slip or a hostile file asks for terabytes.
     size: tuple[int, int] | None = option(
-        None, Size(4096), "pixels of a side, or WIDTHxHEIGHT", unset="the checkpoint's own"
-    )
+        None, Size(4096), "pixels per side, or WIDTHxHEIGHT", unset="the checkpoint's own")
+
     seed: int = option(0, Number(0, 2**64 - 1, whole=True), "the seed of the first picture's noise eps", PICTURE)
     count: int = option(
-        1, Number(1, 1000, whole=True), "variations, with seeds SEED to SEED + N - 1, in one batch", RUN, metavar="N"
-    )
+        1, Number(1, 1000, whole=True), "variations, with seeds SEED to SEED + N - 1, in one batch", RUN, metavar="N")
     noise: Path | None = option(
-        None,
-        Place(),
-        "take eps from this .npy or .safetensors file of (B, 4, H, W)",
-        PICTURE,
-        metavar="FILE",
-        unset="drawn from the seed",
-    )
+        None, Place(), "take eps from this .npy or .safetensors file of (B, 4, H, W)", PICTURE, metavar="FILE",
+        unset="drawn from the seed")
     noise_row: int = option(
-        0, Number(0, FINITE, whole=True), "the row of that file that the first picture takes", PICTURE, metavar="ROW"
-    )
+        0, Number(0, FINITE, whole=True), "the row of that file that the first picture takes", PICTURE, metavar="ROW")
     keep_noise: Path | None = option(
-        None, Place(), "write eps to this .npy or .safetensors file", RUN, metavar="FILE", unset="not written"
-    )
+        None, Place(), "write eps to this .npy or .safetensors file", RUN, metavar="FILE", unset="not written")
+
     weights: Path | None = option(
-        None,
-        Place(),
-        "a checkpoint: a folder in the diffusers format, an original .safetensors file, or a hub id, optionally "
-        "@revision",
-        PICTURE,
-        metavar="SOURCE",
-        unset="the embedded one",
-    )
+        None, Place(), "a checkpoint: a folder in the diffusers format, a .safetensors file in the original format, or "
+        "a hub id, optionally @revision", PICTURE, metavar="SOURCE", unset="the embedded one")
     vae: Path | None = option(
-        None, Place(), "another autoencoder, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's"
-    )
+        None, Place(), "another autoencoder, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's")
     no_ema: bool = option(False, Flag(), "the raw weights, where a file has averaged ones too", PICTURE)
     prediction: str = option(
-        "auto",
-        Choice(("auto", "epsilon", "v")),
-        "what the UNet predicts; auto: as its config says, or a probe",
-        PICTURE,
-    )
+        "auto", Choice(("auto", "epsilon", "v")), "what the UNet predicts; auto: as its config says, or a probe",
+        PICTURE)
     upcast_attention: str = option(
-        "auto", Choice(("auto", "on", "off")), "attention in float32; auto: as the config says", PICTURE
-    )
+        "auto", Choice(("auto", "on", "off")), "attention in float32; auto: as the config says", PICTURE)
     device: str = option("auto", Text(), "cpu, cuda, mps ...; auto: a GPU where there is one", RUN)
     dtype: str | None = option(
-        None, DTYPE, "precision of the text encoder and the UNet", PICTURE, unset="fp32 on a CPU, fp16 on a GPU"
-    )
-    vae_dtype: str = option("fp32", DTYPE, "precision of the VAE; fp16 overflows in some checkpoints", PICTURE)
+        None, DTYPE, "precision of the text encoder and the UNet", PICTURE, unset="fp32 on a CPU, fp16 on a GPU")
+    vae_dtype: str = option(
+        "fp32", DTYPE, "precision of the VAE; fp16 overflows in some checkpoints", PICTURE)
+
     quiet: bool = option(False, Flag(), "no progress bar, no messages but the paths that --again follows", RUN)
     debug: bool = option(False, Flag(), "show the traceback of an error as well", RUN)
     again: Path | None = option(
-        None,
-        Place(),
-        "make a picture again from the parameters in it; other options override them",
-        RUN,
-        metavar="PICTURE",
-    )
+        None, Place(), "make a picture again from the parameters in it; other options override them", RUN,
+        metavar="PICTURE")
+    # fmt: on
 
     def __post_init__(self):
         check({name: value for name, value in vars(self).items() if value is not None})
@@ -288,15 +269,17 @@ def check(values: dict, where: str = "", scopes: Sequence[str] = ANYWHERE) -> No
         raise ValueError(f"{where}seed {last}, the last of count {values['count']}, is out of range; use a smaller one")
 
 
-def of_mix(own: dict, given: dict) -> Options:
+def of_mix(own: dict, given: dict, unused: Sequence[str] = ()) -> Options:
     """The options of a mix in Python: the general defaults, over them the checkpoint's own, over them what was given.
 
-    Raises ValueError for a value that cannot be right, TypeError for a given option that is none of the mixing.
+    Raises ValueError for a value that cannot be right, TypeError for a given option that is none of the mixing, or one
+    that would not be used.
     """
     check(own, "magicmix.json: ", (MIXING,))
     given = todays_names(given)
-    if unknown := sorted(given.keys() - names(MIXING)):
-        raise TypeError(f"{unknown[0]!r} is no option of the mixing; those are {', '.join(names(MIXING))}")
+    known = [name for name in names(MIXING) if name not in unused]
+    if unknown := sorted(given.keys() - set(known)):
+        raise TypeError(f"{unknown[0]!r} is no option of the mixing; those are {', '.join(known)}")
     return Options(**(own | given))
 
 

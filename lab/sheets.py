@@ -1,7 +1,7 @@
 """The pictures of the README and the model card, made by the embedded checkpoint.
 
-    python -m docs.sheets            all of them; thirteen minutes on one core
-    python -m docs.sheets nu s       only these
+    python -m lab.sheets            all of them; thirteen minutes on one core
+    python -m lab.sheets nu s       only these
 
 docs/layouts holds the layouts: emoji that no training stage has seen (teapot, castle, handbag, pear, boot, sofa and
 trophy, from the sets that the model card credits), and three drawings that `drawings` below makes.
@@ -11,40 +11,46 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from training.data import concepts
 
 import weights
-from magicmix import decode, fit, magicmix, open_layout
+from command.pictures import fit, open_layout
+from lab.training import data
+from magicmix import decode, magicmix, text_to_image
 
-HERE = Path(__file__).parent
-SIDE, MARGIN, LABEL = 128, 4, 22
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SIDE, MARGIN, LABEL = 128, 4, 22  # pixels: of a picture, between two, of a line of text
 BLANK = Image.new("RGB", (SIDE, SIDE), "white")
 
 
 class Studio:
-    """The embedded checkpoint with its own options, and pictures made by it."""
+    """The embedded checkpoint, and pictures made by it with its own options, seed 0."""
 
     def __init__(self):
         self.models = weights.load()
 
     def mix(self, prompt: str, layout: str, **options) -> Image.Image:
-        """Mixes into a file of docs/layouts, or, if there is none of that name, into that prompt."""
-        path = HERE / "layouts" / f"{layout}.png"
-        source = fit(open_layout(path)[0], (SIDE, SIDE)) if path.exists() else layout
-        *_, last = magicmix(self.models, prompt, source, **(self.models.defaults | options))
+        """Mixes into a picture of docs/layouts, or, if there is none of that name, into that prompt."""
+        path = layout_path(layout)
+        source = fit(open_layout(path).picture, (SIDE, SIDE)) if path.exists() else layout
+        *_, last = magicmix(self.models, prompt, source, **options)
         return decode(self.models, last.x)[0]
 
     def text_to_image(self, prompt: str, **options) -> Image.Image:
-        """K_max = K_min = T: denoising starts at pure noise and nothing is mixed."""
-        return self.mix(prompt, "", k_max=1.0, k_min=1.0, **options)
+        *_, last = text_to_image(self.models, prompt, **options)
+        return decode(self.models, last.x)[0]
 
 
-def file(name: str) -> Image.Image:
-    return Image.open(HERE / "layouts" / f"{name}.png").convert("RGB")
+def layout_path(name: str) -> Path:
+    return DOCS / "layouts" / f"{name}.png"
+
+
+def show(layout: str) -> Image.Image:
+    """A picture of docs/layouts, to stand beside the mixes."""
+    return Image.open(layout_path(layout)).convert("RGB")
 
 
 def write(name: str, rows: list[list[Image.Image]], top: list[str], left: list[str] | None = None) -> None:
-    """A labelled grid of pictures as docs/NAME.png."""
+    """Writes a labelled grid of pictures as docs/NAME.png."""
     font = ImageFont.load_default(14)
     indent = max((int(font.getlength(t)) for t in left), default=0) + 12 if left else 0
     cell = SIDE + MARGIN
@@ -57,8 +63,8 @@ def write(name: str, rows: list[list[Image.Image]], top: list[str], left: list[s
             draw.text((6, LABEL + j * cell + cell // 2), left[j], "black", font, anchor="lm")
         for i, picture in enumerate(row):
             canvas.paste(picture, (indent + i * cell, LABEL + j * cell))
-    canvas.save(HERE / f"{name}.png", optimize=True)
-    print(HERE / f"{name}.png")
+    canvas.save(DOCS / f"{name}.png", optimize=True)
+    print(DOCS / f"{name}.png")
 
 
 def drawings() -> None:
@@ -79,23 +85,40 @@ def drawings() -> None:
             flat = [4 * v for p in points for v in (p if isinstance(p, tuple) else (p,))]
             extra = {"radius": 40} if kind == "rounded_rectangle" else {}
             getattr(ImageDraw.Draw(canvas), kind)(flat, fill=colour, **extra)
-        canvas.resize((SIDE, SIDE), Image.Resampling.BOX).save(HERE / "layouts" / f"{name}.png")
+        canvas.resize((SIDE, SIDE), Image.Resampling.BOX).save(layout_path(name))
 
+
+# ------------------------------------------------------------------------------------------------------ the sheets
 
 LAYOUTS = ["teapot", "castle", "handbag", "pear", "boot", "sofa", "trophy", "mug", "vase", "boat"]
 PROMPTS = ["tiger", "panda", "frog", "strawberry", "watermelon", "cactus", "donut", "pizza"]
 
 
+def hero(studio: Studio) -> None:
+    """The picture at the top of the README: layout above, the mixture below."""
+    cases = [
+        ("castle", "strawberry"),
+        ("trophy", "tiger"),
+        ("vase", "penguin"),
+        ("handbag", "bee"),
+        ("boot", "cactus"),
+        ("mug", "panda"),
+        ("pear", "frog"),
+    ]
+    rows = [[show(name) for name, _ in cases], [studio.mix(f"a {p}", name) for name, p in cases]]
+    write("hero", rows, [f"+ a {p}" for _, p in cases])
+
+
 def mixes(studio: Studio) -> None:
     """Ten layouts that were never trained on, eight prompts, the checkpoint's own options, seed 0."""
-    rows = [[file(name)] + [studio.mix(f"a {p}", name) for p in PROMPTS] for name in LAYOUTS]
+    rows = [[show(name)] + [studio.mix(f"a {p}", name) for p in PROMPTS] for name in LAYOUTS]
     write("mixes", rows, ["layout", *(f"a {p}" for p in PROMPTS)], LAYOUTS)
 
 
 def sweep(studio: Studio, option: str, values: list[float], **fixed) -> None:
     """One option across, three mixes down, as docs/OPTION.png."""
     cases = [("handbag", "watermelon"), ("castle", "strawberry"), ("teapot", "tiger")]
-    rows = [[file(name)] + [studio.mix(f"a {p}", name, **{option: v}, **fixed) for v in values] for name, p in cases]
+    rows = [[show(name)] + [studio.mix(f"a {p}", name, **{option: v}, **fixed) for v in values] for name, p in cases]
     write(option, rows, ["layout", *(f"{option.replace('_', '-')} {v}" for v in values)], [f"a {p}" for _, p in cases])
 
 
@@ -113,12 +136,12 @@ def k_max(studio: Studio) -> None:
 
 
 def s(studio: Studio) -> None:
-    """The factor s on the concept's word: first plain text-to-image, then mixed into a layout."""
+    """The token weight s of the concept's word: first plain text-to-image, then mixed into a layout."""
     values = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
     plain = ["strawberry", "penguin", "tiger"]
     mixed = [("handbag", "watermelon"), ("castle", "strawberry"), ("mug", "panda")]
-    rows = [[BLANK] + [studio.text_to_image(f"a {p}", reweight={p: v}) for v in values] for p in plain]
-    rows += [[file(name)] + [studio.mix(f"a {p}", name, reweight={p: v}) for v in values] for name, p in mixed]
+    rows = [[BLANK] + [studio.text_to_image(f"a {p}", token_weights={p: v}) for v in values] for p in plain]
+    rows += [[show(name)] + [studio.mix(f"a {p}", name, token_weights={p: v}) for v in values] for name, p in mixed]
     write("s", rows, ["layout", *(f"s {v:g}" for v in values)], [f"a {p}" for p in [*plain, *(p for _, p in mixed)]])
 
 
@@ -129,9 +152,9 @@ def text_text(studio: Studio) -> None:
     write("text-text", rows, ["layout alone", *(f"a {p}" for p in prompts)], layouts)
 
 
-def concepts_(studio: Studio) -> None:
+def concepts(studio: Studio) -> None:
     """One plain text-to-image sample of every concept, seed 0, without choosing."""
-    names = list(concepts())
+    names = list(data.concepts())
     pictures = [studio.text_to_image(f"a {name}", steps=30) for name in names]
     across = 12
     rows = [pictures[i : i + across] for i in range(0, len(names), across)]
@@ -139,24 +162,24 @@ def concepts_(studio: Studio) -> None:
     write("concepts", rows, [""] * across)
 
 
-def hero(studio: Studio) -> None:
-    """The picture at the top of the README: layout above, the mixture below."""
-    cases = [("castle", "strawberry"), ("trophy", "tiger"), ("vase", "penguin"), ("handbag", "bee"), ("boot", "cactus"),
-             ("mug", "panda"), ("pear", "frog")]  # fmt: skip
-    rows = [[file(name) for name, _ in cases], [studio.mix(f"a {p}", name) for name, p in cases]]
-    write("hero", rows, [f"+ a {p}" for _, p in cases])
-
-
-SHEETS = {"hero": hero, "mixes": mixes, "nu": nu, "k_min": k_min, "k_max": k_max, "s": s, "text-text": text_text,
-          "concepts": concepts_}  # fmt: skip
+SHEETS = {
+    "hero": hero,
+    "mixes": mixes,
+    "nu": nu,
+    "k_min": k_min,
+    "k_max": k_max,
+    "s": s,
+    "text-text": text_text,
+    "concepts": concepts,
+}
 
 
 def main() -> int:
     names = sys.argv[1:] or list(SHEETS)
-    unknown = [name for name in names if name not in SHEETS]
-    if unknown:
-        print(f"sheet {unknown[0]!r} is not known; there are: {', '.join(SHEETS)}", file=sys.stderr)
-        return 2
+    for name in names:
+        if name not in SHEETS:
+            print(f"sheet {name!r} is not known; there are: {', '.join(SHEETS)}", file=sys.stderr)
+            return 2
     drawings()
     studio = Studio()
     for name in names:

@@ -1,14 +1,19 @@
-"""How far half-precision mixes are from float32 ones, on the embedded checkpoint: python -m bench.precision [DEVICE]"""
+"""How far half-precision mixes are from float32 ones, on the embedded checkpoint.
+
+python -m lab.bench.precision            on the CPU; six minutes on one core
+python -m lab.bench.precision cuda       on another device
+"""
 
 import math
 import sys
 
 import numpy as np
 import torch
-from docs.sheets import HERE
 
 import weights
-from magicmix import decode, fit, magicmix, open_layout
+from command.pictures import fit, open_layout
+from lab.sheets import layout_path
+from magicmix import decode, magicmix
 
 CASES = [("trophy", "a tiger"), ("vase", "a penguin"), ("mug", "a panda"), ("castle", "a strawberry")]
 
@@ -18,8 +23,8 @@ def pictures(dtype: torch.dtype, device: str) -> np.ndarray:
     models = weights.load(device=device, dtype=dtype)
     out = []
     for name, prompt in CASES:
-        layout = fit(open_layout(HERE / "layouts" / f"{name}.png")[0], (128, 128))
-        *_, last = magicmix(models, prompt, layout, **models.defaults)
+        layout = fit(open_layout(layout_path(name)).picture, models.size).to(device)
+        *_, last = magicmix(models, prompt, layout)
         out.append(np.asarray(decode(models, last.x)[0], dtype=np.float64))
     return np.stack(out)
 

@@ -1,6 +1,6 @@
 """Start-up time and peak memory of one mix on an SD 1.5 shaped folder: this project against diffusers.
 
-    python -m bench.start [--repeats 5] [--folder PATH]
+    python -m lab.bench.start [--repeats 5] [--folder PATH]
 
 Writes an SD 1.5 shaped checkpoint with random float32 weights (4.3 GB, into --folder, kept if that is given), then runs
 both sides alternately, each in a fresh process: import, load, encode a prompt and a 128 x 128 picture, two UNet steps
@@ -10,6 +10,7 @@ runs in pairs: median, smallest and largest.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -17,13 +18,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+from safetensors.torch import save_file
 
-COMMON = """
-import json, re, sys, time
+import clip
+import unet
+import vae
+import weights
+from weights.files import STEMS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What both sides begin with.
+WATCH = """
+import json, os, re, sys, time
 def started():  # seconds since this process began, from the kernel's own clock
     ticks = int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[19])
-    import os
     return float(open("/proc/uptime").read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 times = {}
 def watch(unet):
@@ -39,24 +49,19 @@ def report():
     print(json.dumps({**times, "whole mix": started(), "peak MB": peak / 1000}))
 """
 
-OURS = (
-    COMMON
-    + """
+OURS = """
 import torch, weights
 from magicmix import decode, magicmix
-models = weights.load(sys.argv[1])
+models = weights.load(sys.argv[1], free_after_use=True)  # as the command loads
 watch(models.unet)
 picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
 *_, last = magicmix(models, "a corgi", picture, k_max=1.0, k_min=0.5, steps=2)
 decode(models, last.x)
 report()
 """
-)
 
 # The same work on diffusers' parts: what a mix written on its pipeline does, without the classes that it does not need.
-THEIRS = (
-    COMMON
-    + """
+THEIRS = """
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, DDIMScheduler
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32, safety_checker=None)
@@ -67,31 +72,18 @@ pipe.set_progress_bar_config(disable=True)
 pipe("a corgi", image=picture, strength=1.0, num_inference_steps=2)
 report()
 """
-)
 
 
 def write_checkpoint(folder: Path) -> None:
     """The embedded checkpoint's files with SD 1.5's configs, vocabulary and sizes, and random weights."""
-    import dataclasses
-
-    import torch
-    from safetensors.torch import save_file
-    from weights.sources import STEMS
-
-    import clip
-    import unet
-    import vae
-    import weights
-
     configs = {"text_encoder": clip.CLIPTextConfig(), "unet": unet.UNetConfig(), "vae": vae.VAEConfig()}
-    names = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     for part, config in configs.items():
         (folder / part).mkdir(parents=True)
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-        fields |= {"model_type": "clip_text_model"} if part == "text_encoder" else {"_class_name": names[part]}
-        (folder / part / "config.json").write_text(json.dumps(fields))
+        network = weights.MODELS[part]
+        known_by = {"model_type": "clip_text_model"} if part == "text_encoder" else {"_class_name": network.__name__}
+        (folder / part / "config.json").write_text(json.dumps(dataclasses.asdict(config) | known_by))
         torch.manual_seed(0)
-        state = {k: v.contiguous() for k, v in weights.MODELS[part](config).state_dict().items()}
+        state = {k: v.contiguous() for k, v in network(config).state_dict().items()}
         save_file(state, folder / part / f"{STEMS[part]}.safetensors", metadata={"format": "pt"})
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -106,8 +98,9 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 77}))
 
 
-def run(script: str, folder: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT, capture_output=True, text=True)
+def run(side: str, folder: Path) -> dict[str, float]:
+    """What one side reports, OURS or THEIRS, run in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", WATCH + side, str(folder)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -19,9 +19,11 @@ def arguments(description: str, steps: int, batch: int) -> argparse.Namespace:
     """The options every training stage has; the defaults fit 150 minutes on two cores."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps in all [%(default)s]")
-    parser.add_argument("--batch", type=int, default=batch, help="pictures a step [%(default)s]")
+    parser.add_argument("--batch", type=int, default=batch, help="pictures per step [%(default)s]")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate [%(default)s]")
-    parser.add_argument("--variants", type=int, default=24, help="cached renderings of a picture (UNet) [%(default)s]")
+    parser.add_argument(
+        "--variants", type=int, default=24, help="cached renderings per picture (UNet, judge) [%(default)s]"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile: pays off on a GPU only")
     parser.add_argument("--stop-at", type=int, help="stop after this step, to be resumed later by the same command")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -44,14 +46,14 @@ def parameters(model: nn.Module) -> int:
 
 class Trainer:
     """AdamW with warm-up and cosine decay, gradient clipping, an exponential average of the weights (what is used
-    afterwards), a checkpoint every five minutes that the same command resumes from, and a log of one JSON line a
-    hundred steps. Everything lies in training/runs/NAME.
+    afterwards), a checkpoint every five minutes that the same command resumes from, and a log of one JSON line per
+    hundred steps. Everything lies in lab/training/runs/NAME.
 
     Args:
         name: of the stage.
         model: what is trained; stays the raw weights, the average is in `self.average`.
         args: from `arguments`.
-        decay: of the average, a step.
+        decay: of the average, per step.
     """
 
     def __init__(self, name: str, model: nn.Module, args: argparse.Namespace, decay: float):
@@ -60,8 +62,10 @@ class Trainer:
         self.names = [n for n, _ in model.named_parameters()]
         self.weights = list(model.parameters())
         self.average = [p.detach().clone() for p in self.weights]
-        self.optimiser = torch.optim.AdamW(self.weights, lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01,
-                                           fused=args.device.type == "cuda")  # fmt: skip
+        fused = args.device.type == "cuda"
+        self.optimiser = torch.optim.AdamW(
+            self.weights, lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=fused
+        )
         self.step, self.seconds = 0, 0.0
         if (self.folder / "checkpoint.safetensors").exists():
             self._resume()

@@ -1,9 +1,9 @@
 """Stage 1: the pictures, and what every later stage draws from them.
 
-    python -m training.data
+    python -m lab.training.data
 
 fetches four emoji sets from npm at pinned versions (`npm` must be installed), rasterises them to 160 x 160 RGBA and
-writes training/data/ (about 25 MB, not committed): one WebP a picture and index.json. Takes a minute or two.
+writes lab/training/data/ (about 25 MB, not committed): one WebP per picture and index.json. Takes a minute or two.
 
 In Python: `Pictures` holds them on a device and renders augmented, captioned batches at the model's 128 x 128.
 """
@@ -85,7 +85,7 @@ class IconSet:
         self.set = json.loads((package / "icons.json").read_text())
 
     def render(self, code: str) -> Image.Image | None:
-        import resvg_py
+        import resvg_py  # needed by this stage only
 
         name = self.chars.get(code)
         icon = self.set["icons"].get(self.set.get("aliases", {}).get(name, {}).get("parent", name))
@@ -155,10 +155,21 @@ def held_out(row: dict) -> bool:
 
 def caption(name: str, style: str, colour: str | None, background: str | None, rng: random.Random) -> str:
     """What a picture shows, in one of many phrasings; the style is named in a third of them."""
+
+    def a(words: str) -> str:
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
     thing = f"{colour} {name}" if colour else name
-    a = lambda words: f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-    phrases = [thing, a(thing), a(thing), f"a picture of {a(thing)}", f"an emoji of {a(thing)}",
-               f"a {style} {thing}", f"a {style} {thing}", f"a {style} picture of {a(thing)}"]  # fmt: skip
+    phrases = [
+        thing,
+        a(thing),
+        a(thing),
+        f"a picture of {a(thing)}",
+        f"an emoji of {a(thing)}",
+        f"a {style} {thing}",
+        f"a {style} {thing}",
+        f"a {style} picture of {a(thing)}",
+    ]
     phrase = rng.choice(phrases)
     return f"{phrase} on {a(background)} background" if background else phrase
 
@@ -173,7 +184,7 @@ class Pictures:
 
     def __init__(self, uses: tuple[str, ...], device: torch.device):
         if not (DATA / "index.json").exists():
-            sys.exit("training/data is missing; make it with: python -m training.data")
+            sys.exit("lab/training/data is missing; make it with: python -m lab.training.data")
         self.rows = [row for row in json.loads((DATA / "index.json").read_text()) if row["use"] in uses]
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(lambda r: np.asarray(Image.open(DATA / r["file"]).convert("RGBA")), self.rows))
@@ -201,7 +212,10 @@ class Pictures:
         (name, style, colour or None, background or None).
         """
         n = len(rows)
-        uniform = lambda low, high, *shape: torch.rand(*shape, generator=generator) * (high - low) + low
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator) * (high - low) + low
+
         rgba = self.premultiplied(rows)
 
         # Rotation, scale, mild anisotropy, flip, shift, and a smooth warp: one sampling grid.
@@ -221,9 +235,11 @@ class Pictures:
         tints = [rng.choice(list(COLOURS)) if rng.random() < tint else None for _ in range(n)]
         backdrops = [rng.choice([c for c in COLOURS if c != t]) if rng.random() < backdrop else None for t in tints]
 
+        def jitter(x: float, d: float) -> float:
+            return min(1.0, max(0.0, x + rng.uniform(-d, d)))
+
         def jittered(name: str) -> tuple[float, float, float]:
             h, s, v = colorsys.rgb_to_hsv(*COLOURS[name])
-            jitter = lambda x, d: min(1.0, max(0.0, x + rng.uniform(-d, d)))
             return colorsys.hsv_to_rgb((h + rng.uniform(-0.02, 0.02)) % 1, jitter(s, 0.08), jitter(v, 0.06))
 
         # A tint maps luminance to a ramp black - colour - white and keeps a quarter of the original colour.

@@ -1,6 +1,6 @@
 """What the embedded checkpoint can do, in numbers: the table of its model card.
 
-    python -m training.evaluate            twelve minutes on one core
+    python -m lab.training.evaluate            twelve minutes on one core
 
 Measures the exported weights/tiny, not a training state: judge on held-out pictures and on new renderings, judge on
 text-to-image samples of every concept (four seeds, "a NAME"), autoencoder PSNR on held-out pictures.
@@ -8,12 +8,12 @@ text-to-image samples of every concept (four seeds, "a NAME"), autoencoder PSNR 
 
 import torch
 from tqdm import tqdm
-from training.data import SIZE, Pictures, concepts, held_out
-from training.judge import Judge, judge_accuracy
-from training.vae import held_out_psnr
 
 import weights
-from magicmix import magicmix
+from lab.training.data import Pictures, concepts, held_out
+from lab.training.judge import Judge, judge_accuracy
+from lab.training.vae import held_out_psnr
+from magicmix import text_to_image
 
 SEEDS, STEPS = [0, 1, 2, 3], 30
 
@@ -24,27 +24,28 @@ def main() -> None:
     pictures = Pictures(("concept",), cpu)
     unseen = [i for i, row in enumerate(pictures.rows) if held_out(row)]
     seen = [i for i in range(len(pictures.rows)) if i not in set(unseen)]
-    print(f"judge, {len(unseen)} pictures in a style never shown of that concept, 4 renderings each: "
-          f"{judge_accuracy(judge, pictures, unseen, 4):.1%}", flush=True)  # fmt: skip
-    print(f"judge, new renderings of {len(seen)} pictures, 4 each: "
-          f"{judge_accuracy(judge, pictures, seen, 4):.1%}", flush=True)  # fmt: skip
+    share = judge_accuracy(judge, pictures, unseen, 4)
+    print(
+        f"judge, {len(unseen)} pictures in a style never shown of that concept, 4 renderings each: {share:.1%}",
+        flush=True,
+    )
+    share = judge_accuracy(judge, pictures, seen, 4)
+    print(f"judge, new renderings of {len(seen)} pictures, 4 each: {share:.1%}", flush=True)
     others = Pictures(("layout", "held-out"), cpu)
     psnr = held_out_psnr(models.vae, others)
     print(f"autoencoder, {len(others.rows)} held-out pictures: PSNR {psnr:.2f} dB", flush=True)
 
     wrong: dict[str, list[str]] = {}
     for name in tqdm(concepts(), desc="text-to-image", mininterval=10):
-        steps = magicmix(models, f"a {name}", "", k_max=1.0, k_min=1.0, steps=STEPS, seeds=SEEDS,
-                         guidance=models.defaults["guidance"], size=(SIZE, SIZE))  # fmt: skip
-        *_, last = steps
-        samples = models.vae.decode(last.x / models.vae.config.scaling_factor).clamp(-1, 1)
+        *_, last = text_to_image(models, f"a {name}", steps=STEPS, seeds=SEEDS)
+        samples = models.vae.decode(last.x).clamp(-1, 1)
         named = [judge.names[n] for n in judge(samples).argmax(1).tolist()]
         if missed := [n for n in named if n != name]:
             wrong[name] = missed
     total = len(concepts()) * len(SEEDS)
     right = total - sum(map(len, wrong.values()))
-    print(f"text-to-image, {len(concepts())} concepts x {len(SEEDS)} seeds: {right}/{total} = {right / total:.1%} "
-          "named as prompted")  # fmt: skip
+    share = f"{right}/{total} = {right / total:.1%}"
+    print(f"text-to-image, {len(concepts())} concepts x {len(SEEDS)} seeds: {share} named as prompted")
     for name, missed in wrong.items():
         print(f"  {name}: taken for {', '.join(missed)}")
 

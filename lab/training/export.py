@@ -1,27 +1,26 @@
-"""Last stage: the trained parts as weights/tiny, a checkpoint folder in the diffusers layout, in float16.
+"""Last stage: the trained parts as weights/tiny, a checkpoint folder in the diffusers format, in float16.
 
-python -m training.export
+python -m lab.training.export
 """
 
-import dataclasses
 import json
 import shutil
+from dataclasses import asdict
 
 import torch
 from safetensors.torch import load_file, save_file
-from training import unet as unet_stage
-from training import vae as vae_stage
-from training.common import RUNS
-from training.data import SIZE
-from training.text import TOKENIZER, text_config
 
-from clip import CLIPTextConfig
+from lab.training.common import RUNS
+from lab.training.data import SIZE
+from lab.training.text import ENCODER, TOKENIZER, text_config
+from lab.training.unet import CONFIG
+from lab.training.vae import trained_config
 from scheduler import ScheduleConfig
 from weights import TINY
 
-VERSION = "0.42.1"  # of diffusers, whose layout this is and whose pipelines load it in the tests
+VERSION = "0.42.1"  # of diffusers, whose format this is and whose pipelines load it in the tests
 
-# What suits this checkpoint better than the general defaults, found on docs/ sheets.
+# What suits this checkpoint better than the general defaults, found on the sheets of lab/sheets.py.
 OPTIONS = {"guidance": 4.0, "k_max": 0.6, "k_min": 0.15, "nu": 0.7}
 
 
@@ -35,36 +34,52 @@ def write_weights(path, state: dict[str, torch.Tensor]) -> None:
     save_file({k: v.half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
 
 
-def fields(config) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-
-
 def main() -> None:
     vocabulary = json.loads((TOKENIZER / "vocab.json").read_text())
     start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
-    text: CLIPTextConfig = text_config(len(vocabulary))
-    vae = vae_stage.config(json.loads((RUNS / "vae" / "scaling_factor.json").read_text()))
-    write_json(TINY / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": VERSION, "requires_safety_checker": False,
-        "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    pipeline = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": VERSION,
+        "requires_safety_checker": False,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-    })  # fmt: skip
-    write_json(TINY / "text_encoder" / "config.json", fields(text) | {
-        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "projection_dim": 128,
-        "bos_token_id": start, "eos_token_id": end, "pad_token_id": end, "torch_dtype": "float32",
-    })  # fmt: skip
-    write_json(TINY / "unet" / "config.json", fields(unet_stage.CONFIG) | {
-        "_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION})  # fmt: skip
-    write_json(TINY / "vae" / "config.json", fields(vae) | {
-        "_class_name": "AutoencoderKL", "_diffusers_version": VERSION, "sample_size": SIZE})  # fmt: skip
-    write_json(TINY / "scheduler" / "scheduler_config.json", fields(ScheduleConfig()) | {
-        "_class_name": "DDIMScheduler", "_diffusers_version": VERSION, "clip_sample": False,
-        "set_alpha_to_one": False, "timestep_spacing": "leading"})  # fmt: skip
+    }
+    text_encoder = asdict(text_config(len(vocabulary))) | {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "projection_dim": 128,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "torch_dtype": "float32",
+    }
+    unet = asdict(CONFIG) | {"_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION}
+    vae = asdict(trained_config()) | {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": VERSION,
+        "sample_size": SIZE,
+    }
+    scheduler = asdict(ScheduleConfig()) | {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": VERSION,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "timestep_spacing": "leading",
+    }
+    write_json(TINY / "model_index.json", pipeline)
+    write_json(TINY / "text_encoder" / "config.json", text_encoder)
+    write_json(TINY / "unet" / "config.json", unet)
+    write_json(TINY / "vae" / "config.json", vae)
+    write_json(TINY / "scheduler" / "scheduler_config.json", scheduler)
     write_json(TINY / "magicmix.json", OPTIONS)
     shutil.copytree(TOKENIZER, TINY / "tokenizer", dirs_exist_ok=True)
-    write_weights(TINY / "text_encoder" / "model.safetensors", load_file(RUNS / "text" / "encoder.safetensors"))
+    write_weights(TINY / "text_encoder" / "model.safetensors", load_file(ENCODER))
     for part in ("unet", "vae"):
         state = load_file(RUNS / part / "average.safetensors")
         write_weights(TINY / part / "diffusion_pytorch_model.safetensors", state)

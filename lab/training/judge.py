@@ -1,9 +1,10 @@
 """Stage 2b: the judge, which names what a picture shows. It measures the other stages and trains none of them.
 
-    python -m training.judge
+    python -m lab.training.judge
 
 An image tower is trained against the frozen text encoder: a picture must be nearer to the text feature of its name
-than to that of any other of the 700 names. Written to training/judge.safetensors, with the concepts' text features.
+than to that of any other of the 700 names. Written to lab/training/judge.safetensors, with the concepts' text
+features.
 """
 
 import random
@@ -14,27 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
-from training.data import Pictures, concepts, held_out
+
+from lab.training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
+from lab.training.data import Pictures, concepts, held_out
+from lab.training.text import load_text, tokenize
+from lab.training.tower import ImageTower
 
 FILE = Path(__file__).parent / "judge.safetensors"
-
-
-class ImageTower(nn.Module):
-    """Pictures (B, 3, 128, 128) in [-1, 1] -> unit vectors (B, 128)."""
-
-    def __init__(self, widths=(48, 96, 160, 224, 224), dim: int = 128):
-        super().__init__()
-        layers, c = [], 3
-        for i, width in enumerate(widths):
-            layers += [nn.Conv2d(c, width, 3, stride=2 if i < 4 else 1, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
-            c = width
-        self.features = nn.Sequential(*layers)
-        self.projection = nn.Linear(c, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.avg_pool2d(x, 2)  # 64 x 64 is enough to name a picture
-        return F.normalize(self.projection(self.features(x).mean(dim=(2, 3))), dim=-1)
 
 
 class Tower(nn.Module):
@@ -87,7 +74,10 @@ def disturb(x: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1], disturbed: a style is not to be told by its palette, its sharpness or one
     detail. Colours are turned about the grey axis and faded, a patch is blanked, some are blurred, all get noise."""
     b, _, h, w = x.shape
-    rand = lambda *shape: torch.rand(*shape, device=x.device)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=x.device)
+
     angle, grey = (rand(b) - 0.5) * 1.2 * (rand(b) < 0.5), torch.full((3, 3), 1 / 3, device=x.device)
     skew = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device) / 3**0.5
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
@@ -107,9 +97,6 @@ def disturb(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    from training.text import tokenize
-    from training.unet import load_text  # here, because that stage imports this module
-
     args = arguments(__doc__, steps=4000, batch=256)
     tokenizer, encoder = load_text(args.device)
     pictures = Pictures(("concept", "other"), args.device)
@@ -155,8 +142,8 @@ def main() -> None:
     judge = Judge(args.device)
     unseen = [i for i, row in enumerate(pictures.rows) if held_out(row)]
     seen = [i for i, row in enumerate(pictures.rows) if row["use"] == "concept" and not held_out(row)]
-    print(f"{judge_accuracy(judge, pictures, unseen, 4):.1%} of held-out pictures, "
-          f"{judge_accuracy(judge, pictures, seen, 4):.1%} of new renderings of trained pictures")  # fmt: skip
+    print(f"{judge_accuracy(judge, pictures, unseen, 4):.1%} of held-out pictures")
+    print(f"{judge_accuracy(judge, pictures, seen, 4):.1%} of new renderings of trained pictures")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage 2: the tokenizer and the text encoder.
 
-    python -m training.text
+    python -m lab.training.text
 
 trains a small byte-level BPE in CLIP's file format, then the text encoder contrastively against an image tower, as
 CLIP was trained (Radford et al. 2021, figure 3). The text encoder is frozen afterwards, as in Stable Diffusion.
@@ -11,17 +11,18 @@ import random
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
-from training.data import COLOURS, STYLES, Pictures, concepts, held_out
-from training.judge import ImageTower
 from transformers import CLIPTokenizer
 
 from clip import CLIPTextConfig, CLIPTextModel
+from lab.training.common import RUNS, Trainer, arguments, autocast, load_average, parameters
+from lab.training.data import COLOURS, STYLES, Pictures, concepts, held_out
+from lab.training.tower import ImageTower
 
 TOKENIZER = RUNS / "tokenizer"
+ENCODER = RUNS / "text" / "encoder.safetensors"
 LENGTH = 32  # text tokens L; the longest caption has about 20
 MERGES = 2000
 
@@ -35,8 +36,13 @@ def train_tokenizer(names: list[str]) -> None:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=MERGES + 512, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-                                  special_tokens=[], show_progress=False)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=MERGES + 512,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        show_progress=False,
+    )
     bpe.train_from_iterator(corpus, trainer)
     merges = [m.split(" ") if isinstance(m, str) else m for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
@@ -45,10 +51,20 @@ def train_tokenizer(names: list[str]) -> None:
     TOKENIZER.mkdir(parents=True, exist_ok=True)
     (TOKENIZER / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
     (TOKENIZER / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-               "pad_token": "<|endoftext|>"}  # fmt: skip
-    config = {"model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True,
-              "add_prefix_space": False, "errors": "replace", **special}  # fmt: skip
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    config = {
+        "model_max_length": LENGTH,
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        **special,
+    }
     (TOKENIZER / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (TOKENIZER / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
@@ -59,8 +75,22 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def text_config(vocab_size: int) -> CLIPTextConfig:
-    return CLIPTextConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-                          num_attention_heads=4, max_position_embeddings=LENGTH)  # fmt: skip
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+    )
+
+
+def load_text(device: torch.device) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer and the text encoder that this stage has made, the encoder in eval mode without gradients."""
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    encoder = CLIPTextModel(text_config(len(tokenizer)))
+    encoder.load_state_dict(load_file(ENCODER), strict=True)
+    return tokenizer, encoder.eval().requires_grad_(False).to(device)
 
 
 class Contrastive(nn.Module):
@@ -80,8 +110,12 @@ def ambiguous(attributes: list[tuple], captions: list[str]) -> Tensor:
     name, and nothing the caption says of style, colour and background contradicts the picture."""
     code = {word: i for i, word in enumerate([None, *STYLES, *COLOURS])}
     shows = torch.tensor([[code[a] for a in rest] for _, *rest in attributes])  # (B, 3), 0: nothing special
-    says = torch.tensor([[s * (STYLES[s - 1] in c if 0 < s <= len(STYLES) else 1) for s in row]
-                         for row, c in zip(shows.tolist(), captions, strict=True)])  # fmt: skip
+    says = torch.tensor(
+        [
+            [s * (STYLES[s - 1] in c if 0 < s <= len(STYLES) else 1) for s in row]
+            for row, c in zip(shows.tolist(), captions, strict=True)
+        ]
+    )
     numbers = {name: i for i, name in enumerate({a[0] for a in attributes})}
     name = torch.tensor([numbers[a[0]] for a in attributes])
     fits = ((says[:, None] == 0) | (says[:, None] == shows[None])).all(-1) & (name[:, None] == name[None])
@@ -143,7 +177,7 @@ def main() -> None:
     trainer.run(loss_of_step)
     save_file(trainer.averaged(), RUNS / "text" / "average.safetensors")
     load_average("text", model)
-    save_file({k: v.contiguous() for k, v in model.text.state_dict().items()}, RUNS / "text" / "encoder.safetensors")
+    save_file({k: v.contiguous() for k, v in model.text.state_dict().items()}, ENCODER)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
 """Stage 4: the UNet, epsilon prediction on cached latents, with the frozen text encoder.
 
-python -m training.unet
+python -m lab.training.unet
 """
 
-import json
 import random
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from training import vae as vae_stage
-from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
-from training.data import Pictures
-from training.text import TOKENIZER, text_config, tokenize
 from transformers import CLIPTokenizer
 
-from clip import CLIPTextModel
-from magicmix import magicmix
+from lab.training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
+from lab.training.data import Pictures
+from lab.training.text import load_text, tokenize
+from lab.training.vae import load_vae
+from magicmix import text_to_image
 from scheduler import Schedule, ScheduleConfig
 from unet import UNet2DConditionModel, UNetConfig
 from vae import AutoencoderKL
@@ -35,21 +33,10 @@ CONFIG = UNetConfig(
     sample_size=16,
 )
 GAMMA = 5.0  # min-SNR weighting (Hang et al. 2023, equation 8): speeds up the start, where the layout is decided
-PROMPTS = ["tiger", "dog", "rabbit", "penguin", "owl", "frog", "octopus", "elephant", "strawberry", "pizza", "burger",
-           "cactus", "rocket", "car", "house", "robot", "guitar", "crown", "cake", "mushroom", "sunflower", "whale",
-           "blue rose", "green cat"]  # fmt: skip
-
-
-def load_text(device) -> CLIPTextModel:
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    encoder = CLIPTextModel(text_config(len(tokenizer)))
-    encoder.load_state_dict(load_file(RUNS / "text" / "encoder.safetensors"), strict=True)
-    return tokenizer, encoder.eval().requires_grad_(False).to(device)
-
-
-def load_vae(device) -> AutoencoderKL:
-    factor = json.loads((RUNS / "vae" / "scaling_factor.json").read_text())
-    return load_average("vae", AutoencoderKL(vae_stage.config(factor))).to(device)
+PROMPTS = (
+    "tiger, dog, rabbit, penguin, owl, frog, octopus, elephant, strawberry, pizza, burger, cactus, "
+    "rocket, car, house, robot, guitar, crown, cake, mushroom, sunflower, whale, blue rose, green cat"
+).split(", ")
 
 
 @torch.no_grad()
@@ -62,9 +49,18 @@ def cache(args, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> tuple[Tensor, T
     for chunk in tqdm(rows.split(256 if args.device.type == "cuda" else 32), desc="latents", mininterval=5):
         x, texts, _ = pictures.batch(chunk, rng, generator, tint=0.15, backdrop=0.15)
         with autocast(args.device):
-            latents.append((vae.encode(x)[0].float() * vae.config.scaling_factor).half())
+            latents.append(vae.encode(x).half())
         captions += texts
     return torch.cat(latents), tokenize(tokenizer, captions).to(args.device)
+
+
+def samples(trained: Checkpoint) -> Tensor:
+    """One picture per prompt, "a ..." and "a 3d ...": (B, 3, H, W), about [-1, 1]."""
+    pictures = []
+    for prompt in [f"a {p}" for p in PROMPTS] + [f"a 3d {p}" for p in PROMPTS]:
+        *_, last = text_to_image(trained, prompt, steps=30, guidance=4.0)
+        pictures.append(trained.vae.decode(last.x))
+    return torch.cat(pictures)
 
 
 def main() -> None:
@@ -79,7 +75,9 @@ def main() -> None:
     empty = encoder(tokenize(tokenizer, [""]).to(args.device))
     positions = torch.arange(ids.shape[1], device=args.device)
     random_ = torch.Generator(args.device).manual_seed(trainer.step)
-    rand = lambda *shape: torch.rand(*shape, device=args.device, generator=random_)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=args.device, generator=random_)
 
     def contexts(ids: Tensor) -> Tensor:
         """Text states for training: a tenth are the empty prompt's (for guidance); half of the rest keep only the
@@ -127,14 +125,15 @@ def main() -> None:
     save_file(trainer.averaged(), RUNS / "unet" / "average.safetensors")
     load_average("unet", model)
 
-    trained = Checkpoint(tokenizer=tokenizer, unet=model, schedule=ScheduleConfig(), defaults={}, identity={},
-                         device=args.device, dtype=torch.float32, _parts={"text_encoder": encoder, "vae": vae},
-                         _reopen={})  # fmt: skip
-    samples = []
-    for prompt in [f"a {p}" for p in PROMPTS] + [f"a 3d {p}" for p in PROMPTS]:
-        *_, last = magicmix(trained, prompt, "", k_max=1.0, k_min=1.0, steps=30, guidance=4.0)  # plain text-to-image
-        samples.append(vae.decode(last.x / vae.config.scaling_factor))
-    sheet(torch.cat(samples), 12, RUNS / "unet" / "sheet.png")
+    trained = Checkpoint(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        unet=model,
+        vae=vae,
+        schedule=ScheduleConfig(),
+        device=args.device,
+    )
+    sheet(samples(trained), 12, RUNS / "unet" / "sheet.png")
 
 
 if __name__ == "__main__":

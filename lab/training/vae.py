@@ -1,6 +1,6 @@
 """Stage 3: the autoencoder, 128 x 128 pictures to 16 x 16 x 4 latents.
 
-python -m training.vae
+python -m lab.training.vae
 """
 
 import json
@@ -10,16 +10,27 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
-from training.data import Pictures
 
+from lab.training.common import RUNS, Trainer, arguments, autocast, load_average, parameters, sheet
+from lab.training.data import Pictures
 from vae import AutoencoderKL, VAEConfig
 
 WIDTHS = (32, 64, 96, 96)
+FACTOR = RUNS / "vae" / "scaling_factor.json"
 
 
 def config(scaling_factor: float = 1.0) -> VAEConfig:
+    """While this stage trains, latents are not scaled; the factor is measured at its end."""
     return VAEConfig(block_out_channels=WIDTHS, layers_per_block=1, norm_num_groups=8, scaling_factor=scaling_factor)
+
+
+def trained_config() -> VAEConfig:
+    return config(json.loads(FACTOR.read_text()))
+
+
+def load_vae(device: torch.device) -> AutoencoderKL:
+    """The autoencoder that this stage has made, in eval mode without gradients."""
+    return load_average("vae", AutoencoderKL(trained_config())).to(device)
 
 
 def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
@@ -42,7 +53,7 @@ def psnr(y: Tensor, x: Tensor) -> float:
 def held_out_psnr(vae: AutoencoderKL, pictures: Pictures) -> float:
     """Over all held-out pictures, unaugmented on white, from the posterior mean."""
     chunks = [pictures.plain(rows) for rows in torch.arange(len(pictures.rows)).split(32)]
-    values = [psnr(vae.decode(vae.encode(x)[0]), x) * len(x) for x in chunks]
+    values = [psnr(vae.decode(vae.encode(x)), x) * len(x) for x in chunks]
     return sum(values) / len(pictures.rows)
 
 
@@ -56,10 +67,10 @@ def main() -> None:
     rng, generator = random.Random(trainer.step), torch.Generator().manual_seed(trainer.step)
 
     def reconstruct(x: Tensor):
-        mean, logvar = model.encode(x)
+        mean, logvar = model.posterior(x)
         mean, logvar = mean.float(), logvar.float()
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        return model.decode(z).float(), 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return model.decode(z), 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
 
     forward = torch.compile(reconstruct) if args.compile else reconstruct
 
@@ -80,14 +91,15 @@ def main() -> None:
     with torch.no_grad():
         rows = torch.arange(len(pictures.rows))[::2]
         batches = [pictures.batch(r, rng, generator, 0.1, 0.2)[0] for r in rows.split(64)]
-        latents = torch.cat([model.encode(x)[0] for x in batches])
+        latents = torch.cat([model.posterior(x)[0] for x in batches])
         x = unseen.plain(torch.arange(0, len(unseen.rows), max(1, len(unseen.rows) // 24)))[:24]
-        y = model.decode(model.encode(x)[0])
+        y = model.decode(model.encode(x))
     factor = 1 / latents.std().item()
-    (RUNS / "vae" / "scaling_factor.json").write_text(json.dumps(factor))
+    FACTOR.write_text(json.dumps(factor))
     sheet(torch.stack([x, y], 1).flatten(0, 1), 12, RUNS / "vae" / "sheet.png")
-    print(f"scaling_factor {factor:.5f}, std a channel {[round(s, 2) for s in latents.std((0, 2, 3)).tolist()]}, "
-          f"held-out PSNR {held_out_psnr(model, unseen):.2f} dB")  # fmt: skip
+    deviations = [round(s, 2) for s in latents.std((0, 2, 3)).tolist()]
+    print(f"scaling_factor {factor:.5f}, standard deviation per channel {deviations}")
+    print(f"held-out PSNR {held_out_psnr(model, unseen):.2f} dB")
 
 
 if __name__ == "__main__":
