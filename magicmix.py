@@ -2,6 +2,8 @@
 
     python magicmix.py "PROMPT" --layout IMAGE            mixes the picture's layout with the prompt's content
     python magicmix.py "PROMPT" --layout-prompt "TEXT"    takes the layout from a prompt instead
+
+k_max, k_min and nu set how much of the layout stays.
 """
 
 from command import machine
@@ -189,7 +191,7 @@ def magicmix(
     """
     o = options.of_mix(models.defaults, given)
     schedule = Schedule(models.schedule, o.steps)
-    K_max, K_min = in_steps(o.k_max, o.steps), in_steps(o.k_min, o.steps)  # k_max, k_min are fractions of T = o.steps
+    K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
     size = layout.shape[2:] if isinstance(layout, Tensor) else o.size
     noise = noise or Noise(seeds, models.latent_size(size), models.device)
     eps = noise()
@@ -213,8 +215,8 @@ def magicmix(
 def text_to_image(
     models: Checkpoint, prompt: str, *, seeds: Sequence[int] = (0,), noise: Draw | None = None, **given
 ) -> Iterator[Step]:
-    """A prompt alone, from noise to clean: a generator of T Steps. Arguments and errors are those of `magicmix`, without
-    the layout, k_max, k_min and nu."""
+    """A prompt alone, from noise to clean: a generator of T Steps. Arguments and errors are those of `magicmix`, but
+    there is no layout, k_max, k_min or nu."""
     o = options.of_mix(models.defaults, given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
@@ -222,11 +224,6 @@ def text_to_image(
     eps = noise()
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     yield from trajectory(content, eps, o.steps, 0, "content")
-
-
-def in_steps(fraction: float, T: int) -> int:
-    """K_max from k_max, K_min from k_min. Halves go to the even neighbour, as Python rounds."""
-    return round(fraction * T)
 
 
 @torch.no_grad()
@@ -255,8 +252,7 @@ def make(asked: dict) -> None:
         if unread := clip.cut_off(models.tokenizer, r[name] or ""):
             r.tell(f"{name}: beyond {models.tokenizer.model_max_length} tokens, cut off: {machine.one_line(unread)}")
     steps = magicmix(models, r["prompt"], layout, noise=noise, **o.only(options.MIXING))
-    K_max, K_min = in_steps(o.k_max, o.steps), in_steps(o.k_min, o.steps)
-    last = machine.follow(steps, K_max if r.layout else K_max + o.steps - K_min, r["quiet"])
+    last = machine.follow(steps, o.K_max if r.layout else o.K_max + o.steps - o.K_min, r["quiet"])
     x = last.x if last else models.vae.encode(layout).expand_as(noise.eps)  # K_max = 0: the layout itself
     for row, picture in enumerate(decode(models, x)):
         pictures.save(picture, r.paths[row], r.metadata(row, o, models))

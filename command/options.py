@@ -232,6 +232,15 @@ class Options:
     def __post_init__(self):
         check({name: value for name, value in vars(self).items() if value is not None})
 
+    @property
+    def K_max(self) -> int:
+        """Steps, from the fraction k_max. Halves go to the even neighbour, as Python rounds; so for K_min."""
+        return round(self.k_max * self.steps)
+
+    @property
+    def K_min(self) -> int:
+        return round(self.k_min * self.steps)
+
     def only(self, scope: str) -> dict:
         """The options of one scope, by name."""
         return {name: getattr(self, name) for name in names(scope)}

@@ -4,8 +4,8 @@
     python -m tests.mutants --only 3 7 TEST    only these rows
 
 Each mistake replaces one piece of text that stands exactly once in its file, in a scratch copy of the repository. The
-tests then run in a process that was forked after the slow imports, and stop at the first failure. Writes docs/mutants.md
-when the whole table was run; exits with 1 when a mistake was not found.
+tests then run in a process that was forked after the slow imports, and stop at the first failure. Writes
+docs/mutants.md when the whole table was run; exits with 1 when a mistake was not found.
 """
 
 import argparse
@@ -43,8 +43,8 @@ MUTANTS = [
     ("magicmix.py", "self.schedule.t[k], device", "self.schedule.t[k - 1], device"),
     ("magicmix.py", "Denoiser(models, schedule, o, noise, layout), {", "Denoiser(models, schedule, o, noise, layout, o.token_weights), {"),
     ("magicmix.py", "torch.Generator(\"cpu\").manual_seed(seed) for seed in seeds", "torch.Generator(\"cpu\").manual_seed(seeds[0]) for seed in seeds"),
-    ("magicmix.py", "return round(fraction * T)", "return int(fraction * T)"),
-    ("magicmix.py", "return round(fraction * T)", "return int(fraction * T + 0.5)"),
+    ("command/options.py", "return round(self.k_max * self.steps)", "return int(self.k_max * self.steps)"),
+    ("command/options.py", "return round(self.k_min * self.steps)", "return int(self.k_min * self.steps + 0.5)"),
     # attention
     ("attention.py", "self.norm = nn.GroupNorm(groups, channels, eps=1e-6)", "self.norm = nn.GroupNorm(groups, channels, eps=1e-5)"),
     ("attention.py", "self.norm1 = nn.LayerNorm(dim, eps=1e-5)", "self.norm1 = nn.LayerNorm(dim, eps=1e-6)"),
@@ -157,7 +157,7 @@ def table(results: dict[int, tuple[str, float]], seconds: float) -> str:
         "|---|---|---|---|",
     ]
     for row, (test, _) in sorted(results.items()):
-        file, old, new = (f"`{part.strip().replace(chr(10), ' ').replace('|', chr(92) + '|')}`" for part in MUTANTS[row])
+        file, old, new = (f"`{' '.join(part.split())}`" for part in MUTANTS[row])
         lines.append(f"| {file} | {old} | {new} | {test.rpartition('::')[2] or '**nothing**'} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Attention: token weights equal a softmax map with weighted columns, and float16 products that overflow are survived."""
+"""Attention: token weights equal a softmax map with weighted columns; products that overflow float16 are survived."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The structure: which room may import which, what requirements.txt must name, and that the README quotes real lines."""
+"""The structure: which room may import which, what requirements.txt must name, and the lines that the README quotes."""
 
 import ast
 import re

@@ -20,7 +20,7 @@ import clip
 import weights
 from command.options import Options
 from command.pictures import fit, open_layout
-from magicmix import Denoiser, ImageLayout, Noise, decode, in_steps, magicmix, mix, text_to_image, trajectory
+from magicmix import Denoiser, ImageLayout, Noise, decode, magicmix, mix, text_to_image, trajectory
 from scheduler import Schedule
 
 SIZE = (72, 104)  # height, width
@@ -312,14 +312,15 @@ def test_inputs_are_not_modified(models, layout):
 )
 def test_halves_go_to_the_even_neighbour(T, fraction, K):
     """7.5 -> 8 and 4.5 -> 4; 0.58 * 50 is 28.99..., which is 29 and not 28."""
-    assert in_steps(fraction, T) == K
+    assert Options(steps=T, k_max=fraction, k_min=fraction).K_max == K
+    assert Options(steps=T, k_max=fraction, k_min=fraction).K_min == K
 
 
 @given(st.integers(1, 999), st.floats(0, 1), st.floats(0, 1))
 def test_step_numbers(T, a, b):
     k_min, k_max = sorted((a, b))
-    K_max, K_min = in_steps(k_max, T), in_steps(k_min, T)
-    assert 0 <= K_min <= K_max <= T and abs(K_max - k_max * T) <= 0.5 and abs(K_min - k_min * T) <= 0.5
+    o = Options(steps=T, k_max=k_max, k_min=k_min)
+    assert 0 <= o.K_min <= o.K_max <= T and abs(o.K_max - k_max * T) <= 0.5 and abs(o.K_min - k_min * T) <= 0.5
 
 
 def test_noise_is_that_of_its_seed():
