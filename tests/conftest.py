@@ -1,22 +1,39 @@
-"""Shared pieces of the tests: how errors are measured, how an oracle gets random weights, how the command is run."""
+"""Shared pieces of the tests: how errors are measured, how an oracle gets random weights, copies of the embedded
+checkpoint to change, and how the command is run."""
 
+import dataclasses
+import functools
+import gzip
+import json
+import math
 import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
+import struct
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run side by side
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image, PngImagePlugin  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import weights  # noqa: E402
 
 TINY = ROOT / "weights" / "tiny"
+LAYOUT = ROOT / "docs" / "layouts" / "castle.png"
+PRECIOUS = b"a picture that was there before"
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -35,10 +52,91 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-# Every command is a process of its own, forked from one that has done the slow imports and nothing else.
-os.environ["PYTHONPATH"] = str(ROOT)  # that one's
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["weights", "transformers.models.clip.tokenization_clip"])
+@functools.cache
+def published_facts() -> dict:
+    """The headers and configs of the published files, and name maps; see test_names.py."""
+    return json.loads(gzip.decompress((ROOT / "tests" / "data" / "checkpoints.json.gz").read_bytes()))
+
+
+BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # in the order in which the library lays tensors out
+
+
+def sparse_file(path: Path, rows: dict[str, tuple[list[int], str]]) -> Path:
+    """A safetensors file of {name: (shape, dtype)}, all zeros, with a true header and a body that takes no disk.
+
+    As the safetensors library lays it out: by dtype, then by name; metadata first; the header padded with spaces to a
+    multiple of 8.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in sorted(rows.items(), key=lambda row: (list(BYTES).index(row[1][1]), row[0])):
+        size = BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+# -------------------------------------------------------------------------------- copies of the embedded checkpoint
+
+
+@pytest.fixture(scope="session")
+def models():
+    """The embedded checkpoint, for tests that leave it as it is."""
+    return weights.load()
+
+
+class UNet:
+    """What `answer` returns, with a UNet's config."""
+
+    def __init__(self, config, answer):
+        self.config, self.answer = config, answer
+
+    def __call__(self, *arguments):
+        return self.answer(*arguments)
+
+
+def with_unet(models: weights.Checkpoint, answer, **fields) -> weights.Checkpoint:
+    """The same with another UNet: answer(x, t, context, token_weights), and other fields in its config."""
+    config = dataclasses.replace(models.unet.config, **fields)
+    return dataclasses.replace(models, unet=UNet(config, answer))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the embedded checkpoint; it goes with the test."""
+    yield shutil.copytree(TINY, tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
+
+
+def change_tensors(folder: Path, part: str, change) -> None:
+    """change(state) of a part's safetensors file as {name: tensor}."""
+    (path,) = (folder / part).glob("*.safetensors")
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+def change_config(folder: Path, part: str, **fields) -> None:
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@functools.cache
+def forks():
+    """The context in which every process is forked from one that has done the slow imports and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "magicmix", "tqdm", "transformers.models.clip.tokenization_clip"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))  # that one's
+        forkserver.ensure_running()
+    return context
 
 
 class Done(NamedTuple):
@@ -47,9 +145,14 @@ class Done(NamedTuple):
     err: str
 
 
-def script(arguments: list[str], cwd: Path, log: Path) -> None:
+def script(arguments: list[str], cwd: Path, log: Path, environment: dict[str, str] | None) -> None:
     """magicmix.py as the interpreter runs it, from its first line, in `cwd`."""
     os.chdir(cwd)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+        for name in [n for n in sys.modules if n.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]  # it reads the environment when it is imported
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(log.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["magicmix.py", *arguments]
@@ -64,11 +167,22 @@ def wait_for_handlers(pid: int) -> None:
         caught = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
 
 
-def command(*arguments, cwd: Path, kill: tuple[signal.Signals, float] | None = None) -> Done:
-    """What `python magicmix.py ARGUMENTS` does in `cwd`, ended by a signal some seconds after its first lines where one
-    is given."""
+def run(
+    *arguments,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    kill: tuple[signal.Signals, float] | None = None,
+) -> Done:
+    """What `python magicmix.py ARGUMENTS` does.
+
+    Args:
+        arguments: of the command, as text or what becomes text.
+        cwd: the folder that it runs in.
+        environment: its environment, for huggingface_hub; None for that of the tests.
+        kill: a signal, and how many seconds after the command's first lines it comes.
+    """
     log = cwd.parent / f"{cwd.name}-log"
-    process = FORKS.Process(target=script, args=([str(a) for a in arguments], cwd, log))
+    process = forks().Process(target=script, args=([str(a) for a in arguments], cwd, log, environment))
     process.start()
     if kill:
         wait_for_handlers(process.pid)
@@ -78,3 +192,27 @@ def command(*arguments, cwd: Path, kill: tuple[signal.Signals, float] | None = N
     process.join(300)
     assert process.exitcode is not None, "the command hangs"
     return Done(process.exitcode, *(log.with_suffix(f".{stream}").read_text() for stream in ("out", "err")))
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Every file below a folder with its content, and every other thing without."""
+    return {p: p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in sorted(folder.rglob("*"))}
+
+
+def refused(*arguments, cwd: Path, message: str) -> str:
+    """Runs a command that must fail: exit code 2, one line, every file as it was. Returns the line."""
+    (cwd / "mix.png").write_bytes(PRECIOUS)
+    before = contents(cwd)
+    code, _, error = run(*arguments, cwd=cwd)
+    assert code == 2 and "Traceback" not in error, error
+    assert error.startswith("magicmix: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert message in error, error
+    assert contents(cwd) == before, "files were changed, left behind or lost"
+    return error
+
+
+def write_again(path: Path, metadata: dict | str) -> None:
+    """A small picture that carries the metadata, for --again."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("magicmix", metadata if isinstance(metadata, str) else json.dumps(metadata))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)

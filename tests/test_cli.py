@@ -1,78 +1,88 @@
-"""The command itself, in a process of its own where that matters."""
+"""The command itself: in a process of its own where that matters, and once as a user starts it."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import LAYOUT, ROOT, TINY, change_config, run, with_unet, write_again
 from PIL import Image
 
 import magicmix
+import weights
+from command import options
+from command.machine import versions
 
-LAYOUT = str(ROOT / "docs" / "layouts" / "castle.png")
-FAST = ["--steps", "8", "--quiet"]
+FAST = ["--steps", "8", "--size", "64", "--quiet"]
 
 
-def command(*arguments, cwd, **env):
-    run = [sys.executable, str(ROOT / "magicmix.py"), *map(str, arguments)]
-    return subprocess.run(run, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
+def parameters(path):
+    return metadata(path)["parameters"]
+
+
+def metadata(path):
+    return json.loads(Image.open(path).info["magicmix"])
+
+
+def grey(path):
+    return np.asarray(Image.open(path), dtype=int)
+
+
+# ------------------------------------------------------------------------------------------------ the same again
 
 
 def test_twice_and_again_are_identical(tmp_path):
-    options = ["a red strawberry", "--layout", LAYOUT, "--reweight", "red=1.5", "--negative", "a dog", "--seed", "3"]
+    shared = ["a red strawberry", "--layout", LAYOUT, "--token-weight", "red=1.5", "--negative", "a dog", "--seed", "3"]
     for name in ("one.png", "two.png"):
-        done = command(*options, "--steps", "10", "-o", name, cwd=tmp_path)
-        assert done.returncode == 0 and done.stdout == f"{name}\n" and "content: 100%" in done.stderr
-    again = command("--again", "one.png", "-o", "three.png", cwd=tmp_path)
-    assert again.returncode == 0 and f"layout: {LAYOUT}" in again.stdout
+        done = run(*shared, "--steps", "10", "-o", name, cwd=tmp_path)
+        assert done.code == 0 and done.out == f"{name}\n" and "content: 100%" in done.err
+    again = run("--again", "one.png", "-o", "three.png", cwd=tmp_path)
+    assert again.code == 0 and again.out.splitlines()[0] == f"layout: {LAYOUT}"
     one, two, three = ((tmp_path / f"{n}.png").read_bytes() for n in ("one", "two", "three"))
     assert one == two == three
-    text = json.loads(Image.open(tmp_path / "one.png").info["magicmix"])
-    assert text["parameters"]["seed"] == 3 and text["parameters"]["reweight"] == {"red": 1.5}
-    assert set(text["checkpoint"]) == {"text_encoder", "unet", "vae"} and "torch" in text["versions"]
+    made = metadata(tmp_path / "one.png")
+    assert made["parameters"]["seed"] == 3 and made["parameters"]["token_weights"] == {"red": 1.5}
+    assert made["checkpoint"] == weights.load().identity and made["versions"] == versions()
+    assert "torch" in made["versions"] and len(made["layout_sha256"]) == 64
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "three.png", "two.png"], "temporary files stay"
 
 
+def as_a_user(*arguments, cwd, threads):
+    line = [sys.executable, str(ROOT / "magicmix.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}  # other tests run beside it
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_one_thread_or_two(tmp_path):
-    """Sums are split between threads, so they round differently: never by more than a grey level in a picture."""
-    for threads in ("1", "2"):
-        for name in (f"{threads}.png", f"{threads}-twice.png"):
-            options = ("a tiger", "--layout", LAYOUT, "--quiet", "-o", name)
-            assert command(*options, cwd=tmp_path, OMP_NUM_THREADS=threads).returncode == 0
+    """`python magicmix.py`, in an interpreter of its own. Sums are split between threads, so they round differently:
+    never by more than a grey level in a picture. The other tests' way of running the command gives the same bytes."""
+    mix = ("a tiger", "--layout", LAYOUT, "--steps", "20", "--quiet")
+    for name, threads in (("one.png", "1"), ("two.png", "2"), ("two-twice.png", "2")):
+        done = as_a_user(*mix, "-o", name, cwd=tmp_path, threads=threads)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert run(*mix, "-o", "one-twice.png", cwd=tmp_path) == (0, "", "")
+    for threads in ("one", "two"):
         assert (tmp_path / f"{threads}.png").read_bytes() == (tmp_path / f"{threads}-twice.png").read_bytes()
-    one, two = (np.asarray(Image.open(tmp_path / f"{threads}.png"), dtype=int) for threads in ("1", "2"))
-    assert abs(one - two).max() <= 1
+    assert abs(grey(tmp_path / "one.png") - grey(tmp_path / "two.png")).max() <= 1
 
 
 def test_count_writes_one_picture_a_seed(tmp_path):
     shared = ["a tiger", "--layout-prompt", "a house", *FAST]
     assert magicmix.main([*shared, "--seed", "5", "--count", "3", "-o", str(tmp_path / "v.png")]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v-5.png", "v-6.png", "v-7.png"]
     for seed in (5, 6, 7):
         single = tmp_path / f"single{seed}.png"
         assert magicmix.main([*shared, "--seed", str(seed), "-o", str(single)]) == 0
-        batch = np.asarray(Image.open(tmp_path / f"v-{seed}.png"), dtype=int)
-        assert abs(batch - np.asarray(Image.open(single), dtype=int)).max() <= 1
+        assert abs(grey(tmp_path / f"v-{seed}.png") - grey(single)).max() <= 1
         again = tmp_path / "again.png"  # a picture of a batch is made again alone
         assert magicmix.main(["--again", str(tmp_path / f"v-{seed}.png"), "-o", str(again), "--quiet"]) == 0
         assert again.read_bytes() == single.read_bytes()
-
-
-@pytest.mark.parametrize("options", [["--sampler", "ddpm"], ["--eta", "1"], ["--dtype", "bf16"], ["--size", "96x64"],
-                                     ["--vae-dtype", "bf16"], ["--k-max", "0", "--k-min", "0"],
-                                     ["--k-max", "1", "--k-min", "0"]])  # fmt: skip
-def test_options_that_change_the_run(tmp_path, options):
-    path = tmp_path / "mix.png"
-    assert magicmix.main(["a tiger", "--layout", LAYOUT, *FAST, *options, "-o", str(path)]) == 0
-    assert Image.open(path).size == ((96, 64) if "--size" in options else (128, 128))
-
-
-def test_help_explains_the_options_in_the_papers_terms(tmp_path):
-    text = " ".join(command("--help", cwd=tmp_path).stdout.split())
-    for term in ("K_max", "K_min", "nu, the content's share", "cross-attention", "2210.16056", "eps"):
-        assert term in text
+    assert abs(grey(tmp_path / "v-5.png") - grey(tmp_path / "v-6.png")).max() > 50, "the seeds make a difference"
 
 
 def test_a_changed_layout_is_noticed(tmp_path, monkeypatch, capsys):
@@ -82,3 +92,210 @@ def test_a_changed_layout_is_noticed(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (128, 128), "red").save("layout.png")
     assert magicmix.main(["--again", "mix.png", "-o", "b.png"]) == 2
     assert "has changed" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+    assert magicmix.main(["--again", "mix.png", "--layout", "layout.png", "-o", "b.png", "--quiet"]) == 0
+
+
+def test_the_former_names_still_work(tmp_path):
+    """--reweight is --token-weight. A picture of an earlier version says "reweight", and its "checkpoint" has three
+    parts; the rest is what such a picture carries, word for word."""
+    shared = ["a red strawberry", "--layout-prompt", "a car", "--negative", "a dog", "--seed", "3", *FAST]
+    for option in ("token-weight", "reweight"):
+        assert run(*shared, f"--{option}", "red=1.5", "-o", f"{option}.png", cwd=tmp_path).code == 0
+    today = (tmp_path / "token-weight.png").read_bytes()
+    assert (tmp_path / "reweight.png").read_bytes() == today
+    identity = weights.load().identity
+    earlier = {
+        "checkpoint": {part: identity[part] for part in ("text_encoder", "unet", "vae")},
+        "parameters": {"dtype": "fp32", "eta": 0.0, "guidance": 4.0, "k_max": 0.6, "k_min": 0.15,
+                       "layout_prompt": "a car", "negative": "a dog", "nu": 0.7, "prompt": "a red strawberry",
+                       "reweight": {"red": 1.5}, "sampler": "ddim", "seed": 3, "size": [64, 64], "steps": 8},
+        "versions": {"numpy": "2.4.6", "pillow": "13.0.0", "safetensors": "0.8.0", "torch": "2.13.0+cpu",
+                     "transformers": "5.23.0"},
+    }  # fmt: skip
+    write_again(tmp_path / "earlier.png", earlier)
+    assert run("--again", "earlier.png", "--quiet", cwd=tmp_path) == (0, "", "")
+    assert (tmp_path / "mix.png").read_bytes() == today
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        ("scheduler", {"beta_end": 0.013}),
+        ("scheduler", {"prediction_type": "v_prediction"}),
+        ("unet", {"attention_head_dim": 8}),
+        ("vae", {"scaling_factor": 0.5}),
+    ],
+)
+def test_again_wants_the_same_configs(tmp_path, folder, part, fields):
+    """Though the weights are the same; unless the picture is of an earlier version, which recorded no configs."""
+    shared = ["a tiger", "--layout-prompt", "a car", "--weights", "checkpoint", *FAST]
+    assert run(*shared, "-o", "one.png", cwd=tmp_path).code == 0
+    change_config(folder, part, **fields)
+    done = run("--again", "one.png", "-o", "two.png", cwd=tmp_path)
+    assert done.code == 2 and "made with another checkpoint; give its folder with --weights" in done.err
+    assert not (tmp_path / "two.png").exists()
+    earlier = metadata(tmp_path / "one.png")
+    del earlier["checkpoint"]["configs"]
+    write_again(tmp_path / "earlier.png", earlier)
+    assert run("--again", "earlier.png", "-o", "two.png", cwd=tmp_path).code == 0
+    assert abs(grey(tmp_path / "one.png") - grey(tmp_path / "two.png")).max() > 1, "the config does change the picture"
+    assert run("--again", "one.png", "--weights", TINY, "-o", "three.png", cwd=tmp_path).code == 0
+    assert np.array_equal(grey(tmp_path / "one.png"), grey(tmp_path / "three.png"))
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+CHANGES = [
+    ["--sampler", "ddpm"],
+    ["--eta", "1"],
+    ["--dtype", "bf16"],
+    ["--vae-dtype", "bf16"],
+    ["--size", "96x64"],
+    ["--k-max", "1", "--k-min", "0"],
+    ["--k-max", "0", "--k-min", "0"],
+    ["--nu", "0.1"],
+    ["--steps", "9"],
+    ["--guidance", "1"],
+    ["--negative", "a tiger"],
+    ["--token-weight", "tiger=0"],
+    ["--seed", "1"],
+    ["--prediction", "v"],
+]
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unchanged") / "mix.png"
+    assert magicmix.main(["a tiger", "--layout", str(LAYOUT), *FAST, "-o", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("given", CHANGES, ids=" ".join)
+def test_options_that_change_the_run(tmp_path, given, unchanged):
+    """Each changes the picture, and in its parameters itself alone."""
+    path = tmp_path / "mix.png"
+    assert magicmix.main(["a tiger", "--layout", str(LAYOUT), *FAST, *given, "-o", str(path)]) == 0
+    assert Image.open(path).size == ((96, 64) if "--size" in given else (64, 64))
+    assert "--size" in given or abs(grey(path) - grey(unchanged)).max() >= 1
+    before, after = parameters(unchanged), parameters(path)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    names = {option.removeprefix("--").replace("-", "_") for option in given if option.startswith("--")}
+    assert changed == {{"token_weight": "token_weights"}.get(name, name) for name in names}
+
+
+def test_a_mix_of_no_step_is_the_layout(tmp_path):
+    """K_max = 0: through the autoencoder and back, which the embedded one does to some grey levels."""
+    layout = np.asarray(Image.open(LAYOUT).convert("RGB"), dtype=int)
+    for name, count in (("mix.png", "1"), ("mix-1.png", "2")):
+        none = ["a tiger", "--layout", LAYOUT, "--k-max", "0", "--k-min", "0", "--count", count]
+        done = run(*none, "--quiet", cwd=tmp_path)
+        assert (done.code, done.err) == (0, "")
+        assert abs(grey(tmp_path / name) - layout).mean() < 8
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory):
+    done = run("--help", cwd=tmp_path_factory.mktemp("help"))
+    assert (done.code, done.err) == (0, "")
+    return done.out
+
+
+def test_help_explains_the_options_in_the_papers_terms(help_text):
+    text = " ".join(help_text.split())
+    for term in (r"K_max / T", r"K_min / T", r"nu, the content's share", r"the sampler", r"noise eps", r"take eps",
+                 r"cross- ?attention", r"classifier-free guidance", r"arXiv 2210\.16056"):  # fmt: skip
+        assert re.search(rf"(?<!\w){term}(?!\w)", text), term
+
+
+def test_help_lists_every_option_with_its_default(help_text):
+    """Its help, its former name and its default, and that of the embedded checkpoint where that is another."""
+    listed = help_text[help_text.index("\npositional arguments:") :]
+    entries = re.split(r"\n  (?=\S)", listed)
+    joined = lambda text: "".join(text.split())  # lines are wrapped, also at hyphens
+    own = json.loads((TINY / "magicmix.json").read_text())
+    literally = {
+        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.3; 0.15 with the embedded checkpoint]",
+        "nu": "[0.9; 0.7 with the embedded checkpoint]", "steps": "[50]", "sampler": "[ddim]", "eta": "[0.0]",
+        "guidance": "[7.5; 4.0 with the embedded checkpoint]", "seed": "[0]", "count": "[1]", "noise_row": "[0]",
+        "size": "[the checkpoint's own]", "dtype": "[fp32 on a CPU, fp16 on a GPU]", "vae_dtype": "[fp32]",
+        "noise": "[drawn from the seed]", "keep_noise": "[not written]", "weights": "[the embedded one]",
+        "device": "[auto]", "prediction": "[auto]", "token_weights": "[1 for all words]", "vae": "[the checkpoint's]",
+    }  # fmt: skip
+    fields = dataclasses.fields(options.Options)
+    assert len(fields) == 30
+    for field in fields:
+        name = "token_weight" if field.name == "token_weights" else field.name
+        flag = name if name == "prompt" else f"--{name.replace('_', '-')}"
+        (entry,) = [joined(e) for e in entries if re.match(rf"(?:-\w \w+, )?{flag}(?![\w-])", e)]
+        assert joined(field.metadata["help"]) in entry
+        assert joined(literally.get(field.name, "")) in entry
+        if field.default not in (None, "", False):
+            another = own.get(field.name, field.default) != field.default
+            default = f"[{field.default};{own[field.name]}with" if another else f"[{field.default}]"
+            assert default in entry, entry
+        elif field.name not in literally:
+            assert "[" not in entry, entry
+    assert "--reweight WORD=S" in listed
+
+
+# ----------------------------------------------------------------------------------------------- too few steps
+
+
+@pytest.fixture
+def quick(models, monkeypatch):
+    """The command in this process, with a UNet that answers at once."""
+    still = with_unet(models, lambda x, *_: torch.zeros_like(x), sample_size=2)
+    monkeypatch.setattr(weights, "load", lambda *_, **__: still)
+
+
+FEW = [(1, 1, "1.00"), (2, 501, "0.52"), (6, 831, "0.17"), (334, 667, "0.32"), (501, 501, "0.52")]
+ENOUGH = [8, 10, 20, 50, 333, 500, 999]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("steps", "t", "kept"), FEW)
+def test_steps_whose_noise_is_none_are_warned_of(steps, t, kept, tmp_path, capsys):
+    shared = ["a tiger", "--steps", str(steps), "-o", str(tmp_path / "mix.png")]
+    line = (
+        f"magicmix: steps {steps}: denoising from noise starts at timestep {t}, where {kept} of a picture should be "
+        "left; 50 steps start at 0.08"
+    )
+    assert magicmix.main([*shared, "--layout-prompt", "a car"]) == 0
+    said = capsys.readouterr().err.replace("\r", "\n").splitlines()  # a progress bar starts its line again
+    assert [part for part in said if "magicmix" in part] == [line]
+    for more in (["--layout-prompt", "a car", "--quiet"], ["--layout", str(LAYOUT)]):
+        assert magicmix.main([*shared, *more]) == 0
+        assert "magicmix" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("steps", ENOUGH)
+def test_steps_that_start_from_noise_are_not_warned_of(steps, tmp_path, capsys):
+    shared = ["a tiger", "--steps", str(steps), "-o", str(tmp_path / "mix.png")]
+    assert magicmix.main([*shared, "--layout-prompt", "a car"]) == 0
+    assert "magicmix" not in capsys.readouterr().err
+
+
+def test_the_warning_in_the_real_command(tmp_path):
+    few = ["a tiger", "--layout-prompt", "a car", "--steps", "1", "--size", "16"]
+    done = run(*few, cwd=tmp_path)
+    lines = [line for line in done.err.splitlines() if "magicmix" in line]
+    assert done.code == 0 and len(lines) == 1 and lines[0].startswith("magicmix: steps 1: denoising from noise")
+    assert run(*few, "--quiet", cwd=tmp_path) == (0, "", "")
+
+
+def test_the_warning_in_python(models, recwarn):
+    for steps in (magicmix.magicmix(models, "a tiger", "a car", steps=1), magicmix.text_to_image(models, "a", steps=1)):
+        with pytest.warns(UserWarning, match="steps 1: denoising from noise starts at timestep 1"):
+            next(steps)
+    next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, 16, 16), steps=1, k_max=1.0))
+    assert not recwarn.list
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+def test_an_error_is_a_line_of_its_own(tmp_path):
+    """Also one that only the first step finds, when a progress bar could be there already."""
+    done = run("a tiger", "--layout-prompt", "a car", "--token-weight", "lion=2", cwd=tmp_path)
+    assert done.code == 2 and done.err.startswith("magicmix: token weight: 'lion'") and done.err.count("\n") == 1

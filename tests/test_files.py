@@ -4,40 +4,27 @@ The full-size files are sparse: a true header and a body of zeros that takes no 
 """
 
 import dataclasses
+import inspect
 import json
-import shutil
-import struct
 
+import diffusers
 import pytest
 import torch
-from conftest import TINY
+import transformers
+from conftest import TINY, published_facts, run, sparse_file
 from safetensors.torch import load_file, save_file
-from test_layouts import FACTS, SINGLE
 
 import weights
+from clip import CLIPTextConfig
+from scheduler import ScheduleConfig
 from unet import UNetConfig
-from weights import CheckpointError
-from weights.__main__ import describe
+from vae import VAEConfig
+from weights import CheckpointError, files
+from weights.describe import describe
 
-BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # in the order in which the library lays tensors out
-
-
-def sparse_file(path, rows):
-    """A safetensors file of {name: (shape, dtype)}, as the safetensors library lays it out: by dtype, then by
-    name; metadata first; the header padded with spaces to a multiple of 8."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, dtype) in sorted(rows.items(), key=lambda row: (list(BYTES).index(row[1][1]), row[0])):
-        size = BYTES[dtype]
-        for side in shape:
-            size *= side
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return path
+FACTS = published_facts()
+SINGLE = [(family, name) for family, facts in FACTS["single"].items() for name in facts["files"]]
+PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724}  # of the UNet
 
 
 def published(tmp_path, family, name, dtype=None, drop=()):
@@ -59,7 +46,7 @@ def test_a_published_single_file_loads(family, name, tmp_path):
     models = weights.load(path, prediction="epsilon")
     assert models.unet.config.cross_attention_dim == (768 if family == "sd15" else 1024)
     assert models.tokenizer.pad_token_id == (49407 if family == "sd15" else 0)
-    assert sum(p.numel() for p in models.unet.parameters()) == FACTS_PARAMETERS[family]
+    assert sum(p.numel() for p in models.unet.parameters()) == PARAMETERS[family]
 
 
 @pytest.mark.parametrize(("prediction", "side"), [("auto", 512), ("v", 768)])
@@ -70,9 +57,6 @@ def test_a_bare_sd2_file_is_probed(prediction, side, tmp_path):
     assert models.size == (side, side)
 
 
-FACTS_PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724}
-
-
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_half_precision_resave_loads(dtype, tmp_path):
     path = published(tmp_path, "sd15", "v1-5-pruned-emaonly.safetensors", dtype)
@@ -80,27 +64,59 @@ def test_a_half_precision_resave_loads(dtype, tmp_path):
     assert models.vae.quant_conv.weight.dtype == torch.float32
 
 
-def test_a_file_without_a_vae_needs_one(tmp_path):
-    path = published(tmp_path, "sd15", "v1-5-pruned-emaonly.safetensors", "F16", drop=("first_stage_model.",))
-    with pytest.raises(CheckpointError, match="holds no VAE; give one with --vae"):
-        weights.load(path)
-    assert weights.load(path, vae=TINY / "vae").vae.config.block_out_channels == (32, 64, 96, 96)
-    rows = FACTS["folders"]["sd15"]["tensors"]["vae_old_names"]
-    alone = sparse_file(tmp_path / "vae.safetensors", rows)
-    original = {n.removeprefix("first_stage_model."): (shape, d) for n, (shape, d, group) in
-                FACTS["single"]["sd15"]["tensors"].items() if group == "vae"}  # fmt: skip
-    for file in (alone, sparse_file(tmp_path / "original.safetensors", original)):
-        assert weights.load(path, vae=file).vae.config.factor == 8
+@pytest.fixture
+def without_vae(tmp_path):
+    return published(tmp_path, "sd15", "v1-5-pruned-emaonly.safetensors", "F16", drop=("first_stage_model.",))
+
+
+def test_a_file_without_a_vae_needs_one(without_vae):
+    with pytest.raises(CheckpointError, match=r"holds no VAE; give one \(vae\)"):
+        weights.load(without_vae, dtype=torch.float16)
+    models = weights.load(without_vae, dtype=torch.float16, vae=TINY / "vae")
+    assert models.vae.config.block_out_channels == (32, 64, 96, 96)
+
+
+def alone(path, spelling):
+    """The published autoencoder in a file of its own: as diffusers wrote it first and writes it now, in the original
+    spelling, with what served its training, or inside a whole checkpoint."""
+    if spelling.startswith("diffusers"):
+        return sparse_file(path, FACTS["folders"]["sd15"]["tensors"][f"vae_{spelling.split()[1]}_names"])
+    if spelling == "whole checkpoint":
+        return published(path.parent, "sd15", "v1-5-pruned-emaonly.safetensors")
+    tensors = FACTS["single"]["sd15"]["tensors"].items()
+    rows = {n.removeprefix("first_stage_model."): row[:2] for n, row in tensors if row[2] == "vae"}
+    return sparse_file(path, rows | ({"loss.logvar": ([], "F32")} if spelling == "training" else {}))
+
+
+SPELLINGS = ["diffusers old", "diffusers new", "original", "training", "whole checkpoint"]
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["kept", "freed"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_autoencoder_of_its_own(spelling, free, tmp_path):
+    models = weights.load(vae=alone(tmp_path / "vae.safetensors", spelling), free_after_use=free)
+    assert models.vae.config == VAEConfig()
+    for _ in range(2):
+        x0 = models.vae.encode(torch.zeros(1, 3, 8, 8))
+        assert x0.shape == (1, 4, 1, 1) and models.vae.decode(x0).shape == (1, 3, 8, 8)
+
+
+def test_an_autoencoder_of_its_own_on_the_command_line(tmp_path):
+    alone(tmp_path / "vae.safetensors", "original")
+    options = ("--layout-prompt", "a car", "--steps", "4", "--size", "8", "--quiet", "--vae", "vae.safetensors")
+    done = run("a tiger", *options, cwd=tmp_path)
+    assert done == (0, "", "") and (tmp_path / "mix.png").exists()
 
 
 def test_the_description_of_a_single_file(tmp_path):
-    lines = "\n".join(describe(str(published(tmp_path, "sd15", "v1-5-pruned.safetensors"))))
-    for fact in ("layout       single file", "family       SD 1", "epsilon, as all of SD 1", "686 tensors, 859,520,964",
+    """In half precision, since every byte is read; the published ones are in float32."""
+    lines = "\n".join(describe(str(published(tmp_path, "sd15", "v1-5-pruned.safetensors", "F16"))))
+    for fact in ("format       single file", "family       SD 1", "epsilon, as all of SD 1", "686 tensors, 859,520,964",
                  "248 tensors, 83,653,863", "196 tensors, 123,060,480", "a full copy, used unless --no-ema",
                  "12 tensors: the noise schedule", "no release that is known", "missing      nothing"):  # fmt: skip
         assert fact in lines, fact
     drop = ("first_stage_model.decoder.conv_out",)
-    second = published(tmp_path, "sd21", "v2-1_768-ema-pruned.safetensors", drop=drop)
+    second = published(tmp_path, "sd21", "v2-1_768-ema-pruned.safetensors", "F16", drop=drop)
     lines = "\n".join(describe(str(second)))
     for fact in ("family       SD 2", "probed when it is loaded", "14 tensors: what SD2 does not read",
                  "missing      vae: decoder.conv_out.bias"):  # fmt: skip
@@ -108,11 +124,6 @@ def test_the_description_of_a_single_file(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- folders
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(TINY, tmp_path / "checkpoint")
 
 
 def same(one, two):
@@ -198,14 +209,41 @@ def test_folders_of_pickles_and_of_other_models_are_refused(folder):
         weights.load(folder)
 
 
-def test_the_defaults_of_bare_files_are_the_published_configs():
-    """What a single file is given without a config equals what the folders of the same release say."""
-    from weights import sources
+# ------------------------------------------------------------------------------------------------- the defaults
 
-    for family, ours in (("sd15", UNetConfig()), ("sd21", sources.SD2_UNET)):
-        for contents in FACTS["folders"][family]["repos"].values():
-            raw = contents["configs"].get("unet/config.json", {})
-            for name in ("block_out_channels", "attention_head_dim", "cross_attention_dim", "use_linear_projection"):
-                value = raw.get(name, getattr(UNetConfig(), name))
-                value = tuple(value) if isinstance(value, list) else value
-                assert value == getattr(ours, name), name
+
+def diffusers_defaults(model_class):
+    return {n: p.default for n, p in inspect.signature(model_class.__init__).parameters.items()}
+
+
+# What a published config leaves out is its library's default, at which the model was trained.
+LIBRARY = {
+    "unet": diffusers_defaults(diffusers.UNet2DConditionModel),
+    "text_encoder": transformers.CLIPTextConfig().to_dict(),
+    "vae": diffusers_defaults(diffusers.AutoencoderKL),
+    "scheduler": diffusers_defaults(diffusers.DDIMScheduler),
+}
+OURS = {"unet": UNetConfig, "text_encoder": CLIPTextConfig, "vae": VAEConfig, "scheduler": ScheduleConfig}
+# Where the releases of a family differ from each other, so that one default cannot be all of them.
+DIFFERENT = {
+    "stabilityai/stable-diffusion-2-1": {"scheduler": {"prediction_type": "v_prediction"}},  # probed
+    "stabilityai/stable-diffusion-2-1-base": {"unet": {"sample_size": 64, "upcast_attention": False}},
+    "stabilityai/stable-diffusion-2-base": {"unet": {"sample_size": 64, "upcast_attention": False}},
+}
+RELEASES = [(f, r) for f, facts in FACTS["folders"].items() for r in facts["repos"] if "inpainting" not in r]
+
+
+@pytest.mark.parametrize(("family", "repository"), RELEASES)
+def test_the_defaults_of_bare_files_are_the_published_configs(family, repository, tmp_path):
+    """What a single file is given without a config equals what the folders of the same release say, field by field."""
+    name = {"sd15": "v1-5-pruned-emaonly.safetensors", "sd21": "v2-1_768-ema-pruned.safetensors"}[family]
+    single = files.open_single_file(published(tmp_path, family, name), ema=True)
+    for part, config_class in OURS.items():
+        path = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
+        published_config = FACTS["folders"][family]["repos"][repository]["configs"][path]
+        expected = {f.name: (LIBRARY[part] | published_config)[f.name] for f in dataclasses.fields(config_class)}
+        found = dataclasses.asdict(single.configs[part]) | DIFFERENT.get(repository, {}).get(part, {})
+        listed = lambda fields: {n: list(v) if isinstance(v, tuple) else v for n, v in fields.items()}
+        assert listed(found) == listed(expected), part
+        if family == "sd15":
+            assert single.configs[part] == config_class(), "the defaults are SD1's"

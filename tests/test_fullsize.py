@@ -1,4 +1,4 @@
-"""SD 1.5 and SD 2.1 shaped checkpoints at full size with random weights, in both layouts, against diffusers.
+"""SD 1.5 and SD 2.1 shaped checkpoints at full size with random weights, in both formats, against diffusers.
 
     python -m pytest -m fullsize -s
 
@@ -12,12 +12,13 @@ import diffusers
 import pytest
 import torch
 import transformers
-from conftest import randomise, relative_error
+from conftest import published_facts, randomise, relative_error
 from safetensors.torch import save_file
-from test_layouts import FACTS
 
 import weights
-from weights import MODELS, sources
+from weights import MODELS, files
+
+FACTS = published_facts()
 
 pytestmark = pytest.mark.fullsize
 
@@ -64,7 +65,7 @@ def original_names(family, state):
 
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
 @torch.no_grad()
-def test_both_layouts_are_the_same_and_agree_with_diffusers(family, tmp_path):
+def test_both_formats_are_the_same_and_agree_with_diffusers(family, tmp_path):
     configs = FACTS["folders"][family]["repos"][REPOSITORIES[family]]["configs"]
     oracles, state = {}, {}
     for seed, part in enumerate(MODELS):
@@ -78,7 +79,7 @@ def test_both_layouts_are_the_same_and_agree_with_diffusers(family, tmp_path):
         if part == "vae":  # in the spelling of the published float32 files
             spelling = {new: FACTS["maps"]["vae_old"][name] for name, new in FACTS["maps"]["vae_new"].items()}
             written = {spelling[name]: t for name, t in written.items()}
-        stem = sources.STEMS[part]
+        stem = files.STEMS[part]
         save_file({n: t.contiguous() for n, t in written.items()}, folder / f"{stem}.safetensors")
     (tmp_path / "folder" / "scheduler").mkdir()
     schedule = configs["scheduler/scheduler_config.json"]
@@ -99,11 +100,14 @@ def test_both_layouts_are_the_same_and_agree_with_diffusers(family, tmp_path):
     ids = torch.randint(0, 49408, (1, 77), generator=g)
     x, t = torch.randn(1, 4, 16, 16, generator=g), torch.tensor([501])
     picture, context = torch.randn(1, 3, 128, 128, generator=g).clamp(-1, 1), folder.text_encoder(ids)
+    scale = oracles["vae"].config.scaling_factor
     errors = {
         "text encoder": relative_error(context, oracles["text_encoder"](ids).last_hidden_state),
         "UNet": relative_error(folder.unet(x, t, context), oracles["unet"](x, t, context).sample),
-        "VAE encode": relative_error(folder.vae.encode(picture)[0], oracles["vae"].encode(picture).latent_dist.mean),
-        "VAE decode": relative_error(folder.vae.decode(x), oracles["vae"].decode(x).sample),
+        "VAE encode": relative_error(
+            folder.vae.encode(picture), oracles["vae"].encode(picture).latent_dist.mean * scale
+        ),
+        "VAE decode": relative_error(folder.vae.decode(x), oracles["vae"].decode(x / scale).sample),
     }
     print(family, {name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) <= 1e-5

@@ -5,19 +5,20 @@ configs, and per-tensor name maps that were compared with diffusers' converters.
 tensors lie on the meta device.
 """
 
-import gzip
+import functools
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import published_facts
 
 import weights
 from unet import UNet2DConditionModel, UNetConfig
-from weights import CheckpointError, layouts, sources
+from weights import CheckpointError, files, names
 
-FACTS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "checkpoints.json.gz").read_bytes()))
+FACTS = published_facts()
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32}
 
 
@@ -26,21 +27,22 @@ def meta(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    ("table", "layout", "count"),
-    [("unet", layouts.original_unet, 686), ("vae_new", layouts.original_vae, 248)],
+    ("table", "rename", "count"),
+    [("unet", names.original_unet, 686), ("vae_new", names.original_vae, 248)],
 )
-def test_names_equal_the_table(table, layout, count):
+def test_names_equal_the_table(table, rename, count):
     rows = FACTS["maps"][table]
     assert len(rows) == count
     for name, expected in rows.items():
         inner = name.removeprefix("model.diffusion_model.").removeprefix("first_stage_model.")
-        ((found, _),) = layout(inner, torch.empty(4, 4, device="meta"))
+        ((found, _),) = rename(inner, torch.empty(4, 4, device="meta"))
         assert found == expected
 
 
 def test_old_vae_names_become_new_ones():
+    assert len(FACTS["maps"]["vae_old"]) == 248
     for name, old in FACTS["maps"]["vae_old"].items():
-        ((found, _),) = layouts.diffusers_vae(old, torch.empty(4, device="meta"))
+        ((found, _),) = names.diffusers_vae(old, torch.empty(4, device="meta"))
         assert found == FACTS["maps"]["vae_new"][name]
 
 
@@ -49,7 +51,7 @@ def test_openclip_names_and_rows_equal_the_table():
     assert len(rows) == 294
     for name, expected in rows.items():
         tensor = torch.arange(3 * 4.0)[:, None] * torch.ones(1, 4)  # row i holds i: a wrong slice shows
-        found = layouts.openclip_text(name.removeprefix("cond_stage_model.model."), tensor)
+        found = names.openclip_text(name.removeprefix("cond_stage_model.model."), tensor)
         assert [n for n, _ in found] == [n for n, _ in expected]
         for (_, part), (_, how) in zip(found, expected):
             first = {"whole": 0, "q": 0, "k": 4, "v": 8}[how.split()[0]]
@@ -69,11 +71,14 @@ def single_file(family, name):
     return tensors
 
 
+@functools.cache
+def expected_tensors(part, config):
+    return weights.build(part, config).state_dict()
+
+
 def check_all(source):
-    for part, model_class in weights.MODELS.items():
-        with weights.on_meta():
-            model = model_class(source.configs[part])
-        weights.check(model.state_dict(), source.tensors[part], part)
+    for part in weights.MODELS:
+        weights.check(expected_tensors(part, source.configs[part]), source.tensors[part], part)
     weights.check({}, source.tensors["unknown"], "unknown")
 
 
@@ -81,10 +86,10 @@ def check_all(source):
 def test_every_published_single_file_is_accounted_for(family, name):
     tensors = single_file(family, name)
     for ema in (True, False):
-        source = sources.single_file_source(Path(name), tensors, ema)
+        source = files.single_file_source(Path(name), tensors, ema)
         check_all(source)
     raw = {id(t) for n, t in tensors.items() if n.startswith("model.diffusion_model.")}
-    averaged = sources.single_file_source(Path(name), tensors, True).tensors["unet"]
+    averaged = files.single_file_source(Path(name), tensors, True).tensors["unet"]
     has_copy = "ema_unet" in FACTS["single"][family]["files"][name]["groups"]
     assert all((id(t) in raw) != has_copy for t in averaged.values()), "the averaged weights, where there are any"
     assert all(id(t) in raw for t in source.tensors["unet"].values())
@@ -95,23 +100,23 @@ def test_every_published_single_file_is_accounted_for(family, name):
 def test_a_damaged_single_file_is_refused_by_the_tensors_name(family, name, how):
     """One tensor of each part missing, extra, or of another shape: the message names it, in diffusers' spelling."""
     random_ = random.Random(f"{name} {how}")
-    for prefix, (_, layout) in layouts.SINGLE_FILE.items():
+    for prefix, (_, rename) in names.SINGLE_FILE.items():
         tensors = single_file(family, name)
-        used = [n for n in tensors if n.startswith(prefix) and layout(n.removeprefix(prefix), tensors[n])]
+        used = [n for n in tensors if n.startswith(prefix) and rename(n.removeprefix(prefix), tensors[n])]
         if not used:
             continue
         key = random_.choice(used)
         if how == "missing":
-            expected = layout(key.removeprefix(prefix), tensors.pop(key))
+            expected = rename(key.removeprefix(prefix), tensors.pop(key))
         elif how == "extra":
             tensors[key + "2"] = tensors[key]
-            expected = layout((key + "2").removeprefix(prefix), tensors[key])
+            expected = rename((key + "2").removeprefix(prefix), tensors[key])
         else:
             *sides, side = tensors[key].shape
             tensors[key] = torch.empty([*sides, side + 3], device="meta")
-            expected = layout(key.removeprefix(prefix), tensors[key])
+            expected = rename(key.removeprefix(prefix), tensors[key])
         with pytest.raises(CheckpointError) as error:
-            check_all(sources.single_file_source(Path(name), tensors, ema=False))
+            check_all(files.single_file_source(Path(name), tensors, ema=False))
         assert any(new in str(error.value) for new, _ in expected) or key in str(error.value)
 
 
@@ -120,7 +125,7 @@ def test_what_the_text_tower_drops_may_be_missing():
     tensors = single_file("sd21", "v2-1_768-ema-pruned.safetensors")
     dropped = [n for n in tensors if ".resblocks.23." in n or n.endswith(("text_projection", "logit_scale"))]
     assert len(dropped) == 14
-    check_all(sources.single_file_source(Path("x"), {n: t for n, t in tensors.items() if n not in dropped}, True))
+    check_all(files.single_file_source(Path("x"), {n: t for n, t in tensors.items() if n not in dropped}, True))
 
 
 FOLDERS = [
@@ -141,28 +146,30 @@ def test_every_published_folder_file_is_accounted_for(family, repository, path, 
     if "with position_ids" in which:
         rows["text_model.embeddings.position_ids"] = [[1, 77], "I64"]
     (tmp_path / "config.json").write_text(json.dumps(contents["configs"][f"{part}/config.json"]))
-    with weights.on_meta():
-        model = weights.MODELS[part](sources.read_config(tmp_path / "config.json", part))
-    found = dict(p for n, (shape, kind) in rows.items() for p in sources.LAYOUTS[part](n, meta(shape, kind)))
-    weights.check(model.state_dict(), found, path)
+    expected = expected_tensors(part, files.read_config(tmp_path / "config.json", part))
+    found = dict(p for n, (shape, kind) in rows.items() for p in files.NAMES[part](n, meta(shape, kind)))
+    weights.check(expected, found, path)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
 def test_text_encoders_without_their_prefix_are_accounted_for(family):
     rows = FACTS["folders"][family]["tensors"]["text_encoder"]
     for name, (shape, dtype) in rows.items():
-        if name in layouts.IGNORED:
+        if name in names.IGNORED:
             continue
-        ((found, _),) = layouts.diffusers_text(name.removeprefix("text_model."), meta(shape, dtype))
+        ((found, _),) = names.diffusers_text(name.removeprefix("text_model."), meta(shape, dtype))
         assert found == f"text_model.{name.removeprefix('text_model.')}"
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
 def test_published_configs_and_schedules_are_understood(family, tmp_path):
     for repository, contents in FACTS["folders"][family]["repos"].items():
-        path = tmp_path / "scheduler_config.json"
-        path.write_text(json.dumps(contents["configs"]["scheduler/scheduler_config.json"]))
-        kind = sources.read_config(path, "scheduler").prediction_type
+        found, path = {}, tmp_path / "config.json"
+        for name, fields in contents["configs"].items():
+            path.write_text(json.dumps(fields))
+            found[name.split("/")[0]] = files.read_config(path, name.split("/")[0])
+        assert found.keys() == files.CONFIGS.keys()
+        kind = found["scheduler"].prediction_type
         assert kind == ("v_prediction" if repository.endswith("stable-diffusion-2-1") else "epsilon")
 
 
@@ -178,7 +185,7 @@ def test_relatives_are_recognised_and_refused(channels, context, message):
     tensors[f"{inner}0.0.weight"] = torch.empty(320, channels, 3, 3, device="meta")
     tensors[f"{inner}1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.empty(320, context, device="meta")
     with pytest.raises(CheckpointError, match=message):
-        sources.single_file_source(Path("x.safetensors"), tensors, True)
+        files.single_file_source(Path("x.safetensors"), tensors, True)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +195,7 @@ def test_relatives_are_recognised_and_refused(channels, context, message):
 )  # fmt: skip
 def test_other_architectures_are_refused(name, message):
     with pytest.raises(CheckpointError, match=message):
-        sources.single_file_source(Path("x.safetensors"), {name: torch.empty(1, device="meta")}, True)
+        files.single_file_source(Path("x.safetensors"), {name: torch.empty(1, device="meta")}, True)
 
 
 # ------------------------------------------------------------------------------------------------- the vocabulary
@@ -219,5 +226,5 @@ def constant_unet(value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("value", "kind"), [(0.5, "epsilon"), (-0.4, "epsilon"), (-0.6, "v_prediction")])
 def test_the_probe_decides_at_its_threshold(value, kind, dtype):
-    found, margin = sources.probe_prediction(constant_unet(value).to(dtype))
+    found, margin = weights.probe_prediction(constant_unet(value).to(dtype))
     assert found == kind and margin == pytest.approx(value - 0.5, abs=1e-3)

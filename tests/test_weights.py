@@ -1,34 +1,17 @@
 """Loading is strict: what does not fit is named, whether it is a tensor, a config field or a file."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from safetensors.torch import load_file, save_file
+from conftest import TINY, change_config, change_tensors, forks, sparse_file
 
-import unet
 import weights
-from weights import CheckpointError, sources
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(TINY, tmp_path / "checkpoint")
-
-
-def change_tensors(folder, part, change):
-    (path,) = (folder / part).glob("*.safetensors")
-    state = load_file(path)
-    change(state)
-    save_file(state, path)
-
-
-def change_config(folder, part, **fields):
-    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
+from weights import CheckpointError, files
 
 PARTS = {
     "text_encoder": "text_model.encoder.layers.0.mlp.fc1.weight",
@@ -119,9 +102,7 @@ def test_the_published_configs_are_understood(tmp_path):
     }  # fmt: skip
     for parameters, fields in published.items():
         (tmp_path / "config.json").write_text(json.dumps(common | fields))
-        config = sources.read_config(tmp_path / "config.json", "unet")
-        with torch.device("meta"):
-            model = unet.UNet2DConditionModel(config)
+        model = weights.build("unet", files.read_config(tmp_path / "config.json", "unet"))
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -132,21 +113,186 @@ def test_half_precision_leaves_the_vae_in_float32(dtype):
     assert models.vae.quant_conv.weight.dtype == torch.float32
 
 
-def test_a_released_part_comes_back(folder, monkeypatch):
-    """Only one that lies in its file as it is, in float32 here, is let go. It comes from that file alone: the source,
-    which may be a hub id, is not opened again."""
+# ------------------------------------------------------------------------------------------------ the fingerprint
+
+
+PIN = {"b": torch.arange(100.0).reshape(4, 25), "a": torch.ones(2, dtype=torch.float16)}
+
+
+def test_the_fingerprint_is_the_one_that_pictures_carry():
+    """Of every tensor by name: the name, the shape, the dtype, the first 64 values. Pictures made by earlier versions
+    carry it, so it must never change."""
+    digest = "ae5432aad3f759b6266ac5e53ad2ae8d867d8bda4462a752d50319f0f3551439"
+    assert weights.fingerprint("unet", PIN) == digest
+    assert weights.fingerprint("unet", dict(reversed(PIN.items()))) == digest, "the order in the file is no part of it"
+    for change in ({"c": torch.ones(1)}, {"b": PIN["b"].reshape(25, 4)}, {"a": torch.ones(2, dtype=torch.bfloat16)}):
+        assert weights.fingerprint("unet", PIN | change) != digest
+    for place, value in ((0, 0.5), (63, 0.5)):
+        changed = PIN["b"].clone()
+        changed.view(-1)[place] = value
+        assert weights.fingerprint("unet", PIN | {"b": changed}) != digest
+    later = PIN["b"].clone()
+    later.view(-1)[64:] = float("nan")
+    assert weights.fingerprint("unet", PIN | {"b": later}) == digest, "the docstring says so"
+
+
+@pytest.mark.parametrize(("part", "key"), PARTS.items())
+def test_the_fingerprint_of_a_checkpoint_tells_its_parts_apart(folder, part, key):
+    before = weights.load(folder).identity
+    assert before == weights.load().identity and before.keys() == {"text_encoder", "unet", "vae", "configs"}
+    change_tensors(folder, part, lambda state: state[key].view(-1)[64:].mul_(0.5))
+    assert weights.load(folder).identity == before
+    change_tensors(folder, part, lambda state: state[key].view(-1)[63].add_(0.5))
+    after = weights.load(folder).identity
+    assert {name for name in before if before[name] != after[name]} == {part}
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        ("scheduler", {"beta_end": 0.013}),
+        ("scheduler", {"prediction_type": "v_prediction"}),
+        ("unet", {"norm_eps": 2e-5}),
+        ("unet", {"sample_size": 24}),
+        ("text_encoder", {"hidden_act": "gelu"}),
+        ("vae", {"scaling_factor": 0.5}),
+    ],
+)
+def test_the_fingerprint_sees_the_configs(folder, part, fields):
+    before = weights.load(folder).identity
+    change_config(folder, part, **fields)
+    after = weights.load(folder).identity
+    assert {name for name in before if before[name] != after[name]} == {"configs"}
+
+
+def test_what_computes_nothing_is_no_part_of_the_fingerprint(folder):
+    change_config(folder, "unet", _diffusers_version="99.0", _name_or_path="elsewhere")
+    change_config(folder, "text_encoder", bos_token_id=5)
+    (folder / "magicmix.json").write_text('{"steps": 7}')
+    assert weights.load(folder, upcast_attention=True, prediction="v").identity == weights.load().identity
+
+
+# ------------------------------------------------------------------------------------------ memory that goes back
+
+
+@pytest.fixture
+def whole(folder):
+    """A checkpoint whose text encoder and VAE lie in their files as they are used, in float32."""
     for part in ("text_encoder", "vae"):
         change_tensors(folder, part, lambda state: state.update({k: v.float() for k, v in state.items()}))
-    for source, mapped in ((folder, True), (TINY, False)):
-        models = weights.load(source)
-        monkeypatch.setattr(weights, "open_source", None)
+    return folder
+
+
+def used(models):
+    """What the text encoder and the VAE compute."""
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x0 = models.vae.encode(picture)
+    return models.text_encoder(torch.arange(32)[None]), x0, models.vae.decode(x0)
+
+
+def is_sound(models):
+    """No parameter on meta, none with a gradient."""
+    parameters = [p for part in (models.text_encoder, models.unet, models.vae) for p in part.parameters()]
+    return {(p.device.type, p.requires_grad) for p in parameters} == {("cpu", False)}
+
+
+def test_parts_that_are_freed_compute_the_same_after_every_use(whole, monkeypatch):
+    """They come from their own files alone: the source, which may be a hub id, is not opened again."""
+    kept, freed = used(weights.load(whole)), weights.load(whole, free_after_use=True)
+    monkeypatch.setattr(weights, "open_source", None)
+    sound = []
+    for module in (freed.text_encoder, freed.vae.encoder, freed.vae.decoder):
+        module.register_forward_pre_hook(lambda *_: sound.append(is_sound(freed)))
+        module.register_forward_hook(lambda *_: sound.append(is_sound(freed)))
+    for _ in range(3):
+        places = [freed.text_encoder.text_model.final_layer_norm.weight, freed.vae.quant_conv.weight]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(used(freed), kept, strict=True))
+        after = [freed.text_encoder.text_model.final_layer_norm.weight, freed.vae.quant_conv.weight]
+        assert all(a is not b for a, b in zip(places, after)), "mapped anew"
+    assert len(sound) == 18 and all(sound) and is_sound(freed)
+    assert not freed.vae.training and not freed.text_encoder.training
+
+
+@pytest.mark.parametrize("options", [{"free_after_use": False}, {"free_after_use": True, "vae_dtype": torch.bfloat16}])
+def test_parts_that_are_not_freed_stay_where_they_are(whole, options):
+    """What was not asked to be freed, and what was converted: reading it again would cost more than it saves."""
+    models = weights.load(whole, dtype=torch.bfloat16, **options)
+    before = [p.data_ptr() for part in (models.text_encoder, models.vae) for p in part.parameters()]
+    used(models)
+    assert before == [p.data_ptr() for part in (models.text_encoder, models.vae) for p in part.parameters()]
+
+
+def test_what_is_written_into_the_weights_stays_unless_they_are_freed(whole):
+    file = whole / "text_encoder" / "model.safetensors"
+    content, states = file.read_bytes(), {}
+    for free in (False, True):
+        models = weights.load(whole, free_after_use=free)
+        bias = lambda: models.text_encoder.text_model.final_layer_norm.bias  # noqa: B023
+        before = bias().clone()
+        bias().add_(1)
+        states[free] = [models.text_encoder(torch.arange(32)[None]) for _ in range(3)]
+        assert torch.equal(bias(), before if free else before + 1)
+    first, second, third = states[False]
+    assert torch.equal(first, second) and torch.equal(first, third)
+    freed, second, third = states[True]
+    assert torch.equal(freed, first) and torch.equal(second, third) and not torch.equal(freed, second)
+    assert file.read_bytes() == content
+
+
+def measure(folder, free, out):
+    """In a process of its own: how many bytes of each part's file, and of everything, lie in memory."""
+    found = {}
+
+    def note(when):
+        mapped = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
         for part in ("text_encoder", "vae"):
-            before, kept = getattr(models, part), getattr(models, part).state_dict()
-            models.release(part)
-            after = getattr(models, part)
-            assert (after is not before) == mapped
-            assert all(torch.equal(kept[name], tensor) for name, tensor in after.state_dict().items())
-        monkeypatch.undo()
+            rss = [re.search(r"^Rss:\s+(\d+)", m, re.MULTILINE)[1] for m in mapped if f"{folder}/{part}/" in m]
+            found[f"{part} {when}"] = 1024 * sum(map(int, rss))
+        status = Path("/proc/self/status").read_text()
+        found[f"process {when}"] = 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+    def use():
+        models.text_encoder(torch.arange(32)[None])
+        models.vae.decode(torch.zeros(1, 4, 2, 2))
+
+    models = weights.load(folder, free_after_use=free)
+    note("loaded")
+    use()  # the first use takes memory of its own, for the kernels
+    for part, module in (("text_encoder", models.text_encoder), ("vae", models.vae.decoder)):
+        module.register_forward_hook(lambda *_, part=part: note(f"in use ({part})"), prepend=True)
+    use()
+    note("after")
+    out.write_text(json.dumps(found))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads from Linux what is mapped")
+def test_the_memory_goes_back(folder, tmp_path):
+    """Of a text encoder of 220 MB and a VAE of 160 MB, whose files are sparse."""
+    change_config(folder, "text_encoder", intermediate_size=65_536)
+    change_config(folder, "vae", block_out_channels=[32, 64, 512, 512])
+    size, found = {}, {}
+    for part in ("text_encoder", "vae"):
+        (path,) = (folder / part).glob("*.safetensors")
+        network = weights.build(part, files.read_config(folder / part / "config.json", part))
+        sparse_file(path, {name: (tuple(t.shape), "F32") for name, t in network.state_dict().items()})
+        size[part] = path.stat().st_size
+        assert size[part] > 100e6
+    for free in (False, True):
+        process = forks().Process(target=measure, args=(folder, free, tmp_path / "found.json"))
+        process.start()
+        process.join(300)
+        found[free] = json.loads((tmp_path / "found.json").read_text())
+    kept, freed = found[False], found[True]
+    for part in size:
+        in_use = f"in use ({part})"
+        assert kept[f"{part} {in_use}"] > 0.5 * size[part] and freed[f"{part} {in_use}"] > 0.5 * size[part]
+        assert kept[f"{part} after"] > 0.9 * size[part]
+        assert freed[f"{part} loaded"] < 0.05 * size[part] and freed[f"{part} after"] < 0.05 * size[part]
+        assert freed[f"process {in_use}"] - freed["process after"] > 0.5 * size[part]
+    assert kept["process after"] - freed["process after"] > 0.9 * sum(size.values())
+
+
+# ---------------------------------------------------------------------------------------------------- its size
 
 
 def test_all_files_together_are_small():

@@ -4,43 +4,31 @@ Each case goes through the real command in a process of its own, and through the
 must raise a documented exception before the UNet is called.
 """
 
+import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command
-from PIL import Image, ImageDraw, PngImagePlugin
-from safetensors.torch import load_file, save_file
+from conftest import LAYOUT, PRECIOUS, ROOT, change_config, change_tensors, forks, refused, run, script, write_again
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
+import clip
 import magicmix
 import weights
-import weights.__main__ as description
-from weights import CheckpointError, sources
+from command import machine, pictures
+from weights import CheckpointError, __main__, files
 
-LAYOUT = ROOT / "docs" / "layouts" / "castle.png"
 NAN = float("nan")
-PRECIOUS = b"a picture that was there before"
-
-
-def refused(*arguments, cwd, message):
-    """Runs a command that must fail and returns its line."""
-    (cwd / "mix.png").write_bytes(PRECIOUS)
-    before = sorted(cwd.rglob("*"))
-    code, _, error = command(*arguments, cwd=cwd)
-    assert code == 2 and "Traceback" not in error, error
-    assert error.startswith("magicmix: ") and error.count("\n") == 1 and error.endswith("\n"), error
-    assert message in error, error
-    assert (cwd / "mix.png").read_bytes() == PRECIOUS
-    assert sorted(cwd.rglob("*")) == before, "files were left behind or lost"
-    return error
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +85,7 @@ def test_bad_pictures(name, tmp_path):
     error = refused("a tiger", "--layout", "layout.png", cwd=tmp_path, message=message)
     assert "layout 'layout.png'" in error
     with pytest.raises(FileNotFoundError if name == "missing" else ValueError, match=re.escape(message)):
-        magicmix.open_layout(path)
+        pictures.open_layout(path)
 
 
 def halves(left, right, mode="RGB", size=(64, 64)):
@@ -150,9 +138,10 @@ def test_pictures_of_every_kind(name, tmp_path):
     """The colour in the middle of each half, within 3 grey levels: the palette's and JPEG's own rounding."""
     write, left, right = GOOD_PICTURES[name]
     write(tmp_path / "layout")
-    picture, _, more = magicmix.open_layout(tmp_path / "layout")
-    assert more == (name == "animated")
-    pixels = (magicmix.fit(picture, (32, 48))[0] + 1) * 127.5
+    layout = pictures.open_layout(tmp_path / "layout")
+    assert layout.is_animated == (name == "animated")
+    assert layout.sha256 == hashlib.sha256((tmp_path / "layout").read_bytes()).hexdigest()
+    pixels = (pictures.fit(layout.picture, (32, 48))[0] + 1) * 127.5
     assert pixels.shape == (3, 32, 48)
     for colour, column in ((left, 8), (right, 40)):
         if colour:
@@ -161,60 +150,105 @@ def test_pictures_of_every_kind(name, tmp_path):
 
 def test_what_was_done_to_a_picture_is_said(tmp_path):
     animation(tmp_path / "layout.gif")
-    code, out, _ = command("a tiger", "--layout", "layout.gif", "--size", "64x32", "--steps", "2", cwd=tmp_path)
-    assert code == 0 and out.splitlines() == [
+    said = [
         "layout: it holds more than one picture; the first is used",
         "layout: resized and centre-cropped from 64x64 to 64x32",
         "mix.png",
     ]
+    code, out, _ = run("a tiger", "--layout", "layout.gif", "--size", "64x32", "--steps", "2", cwd=tmp_path)
+    assert code == 0 and out.splitlines() == said
+    code, out, _ = run("--again", "mix.png", cwd=tmp_path)
+    assert code == 0 and out.splitlines() == ["layout: layout.gif", *said]
+
+
+def test_a_picture_that_fits_is_left_alone_and_nothing_is_said(tmp_path):
+    halves("red", "black").save(tmp_path / "layout.png")
+    code, out, _ = run("a tiger", "--layout", "layout.png", "--size", "64", "--steps", "2", cwd=tmp_path)
+    assert (code, out) == (0, "mix.png\n")
+    code, out, _ = run("--again", "mix.png", cwd=tmp_path)
+    assert (code, out) == (0, "layout: layout.png\nmix.png\n")
 
 
 # ------------------------------------------------------------------------------------------------------ numbers
 
-NUMBERS = [  # what is wrong with the command, the same in Python where it has a meaning there, the line
-    (["--k-min", "0.5", "--k-max", "0.4"], {"k_min": 0.5, "k_max": 0.4}, "k-min 0.5 is above k-max 0.4"),
-    (["--k-max", "1.1"], {"k_max": 1.1}, "k-max 1.1 is out of range; use 0 to 1"),
-    (["--k-min", "-0.1"], {"k_min": -0.1}, "k-min -0.1 is out of range; use 0 to 1"),
-    (["--k-max", "nan"], {"k_max": float("nan")}, "k-max nan is out of range; use 0 to 1"),
-    (["--nu", "1.5"], {"nu": 1.5}, "nu 1.5 is out of range; use 0 to 1"),
-    (["--nu", "much"], None, "argument --nu: invalid float value: 'much'"),
-    (["--steps", "0"], {"steps": 0}, "steps 0 is out of range; use 1 to 999"),
-    (["--steps", "1000"], {"steps": 1000}, "steps 1000 is out of range; use 1 to 999"),
-    (["--steps", "1001"], {"steps": 1001}, "steps 1001 is out of range; use 1 to 999"),
-    (["--steps", "2.5"], None, "argument --steps: invalid int value: '2.5'"),
-    (["--guidance", "-1"], {"guidance": -1.0}, "guidance -1.0 is out of range; use a number from 0 on"),
-    (["--guidance", "nan"], {"guidance": float("nan")}, "guidance nan is out of range"),
-    (["--guidance", "inf"], {"guidance": float("inf")}, "guidance inf is out of range"),
-    (["--seed", "-1"], {"seeds": [-1]}, "seed -1 is out of range; use 0 to 2^64 - 1"),
-    (["--seed", str(2**64)], {"seeds": [2**64]}, f"seed {2**64} is out of range"),
-    (["--seed", str(2**64 - 1), "--count", "2"], {"seeds": [2**64 - 1, 2**64]}, f"seed {2**64} is out of range"),
-    (["--count", "0"], {"seeds": []}, "count 0 is out of range; use 1 or more, at most 1000"),
-    (["--count", "-3"], None, "count -3 is out of range; use 1 or more, at most 1000"),
-    (["--count", str(10**30)], None, "is out of range; use 1 or more, at most 1000"),
-    (["--size", "100"], {"size": (100, 100)}, "size 100x100 does not fit; both sides must be multiples of 8"),
-    (["--size", "0"], {"size": (0, 0)}, "size 0x0 is out of range; use sides of up to 4096 pixels"),
-    (["--size", "64x5000"], {"size": (5000, 64)}, "size 64x5000 is out of range"),
-    (["--size", "64x64x64"], None, "'64x64x64' is no size; use a number of pixels or WIDTHxHEIGHT"),
-    (["--size", "-64"], None, "'-64' is no size"),
-    (["--size", "x"], None, "'x' is no size"),
-    (["--eta", "2"], {"eta": 2.0}, "eta 2.0 is out of range; use 0 to 1"),
-    (["--sampler", "euler"], {"sampler": "euler"}, "'euler'"),
-    (["--reweight", "tiger"], None, "'tiger' must be WORD=S"),
-    (["--reweight", "=1"], None, "'=1' must be WORD=S"),
-    (["--reweight", "tiger=much"], None, "'tiger=much' must be WORD=S"),
-    (["--reweight", "lion=0"], {"reweight": {"lion": 0.0}}, "'lion' is not in the prompt; its words are: a, tiger"),
-    (["--reweight", "tiger=nan"], {"reweight": {"tiger": float("nan")}}, "reweight tiger=nan is not a finite number"),
-    (["--colour", "red"], None, "unrecognized arguments: --colour red"),
-    (["two\nlines", "more"], None, "unrecognized arguments: two lines more"),
-]
+HUGE = 2**64
+LARGEST_SEED = "use 0 to 18446744073709551615"
+# What is wrong with the command; its line; the same in Python where it has a meaning there; its message.
+NUMBERS = [
+    ("--k-min 0.5 --k-max 0.4", "k_min 0.5 is above k_max 0.4", {"k_min": 0.5, "k_max": 0.4}, None),
+    ("--k-max 0.1", "k_min 0.15 is above k_max 0.1", {"k_max": 0.1}, None),  # 0.15 is the checkpoint's own
+    ("--k-max 1.1", "k_max 1.1 is out of range; use 0 to 1", {"k_max": 1.1}, None),
+    ("--k-min -0.1", "k_min -0.1 is out of range; use 0 to 1", {"k_min": -0.1}, None),
+    ("--k-max nan", "k_max nan is out of range; use 0 to 1", {"k_max": NAN}, None),
+    ("--nu 1.5", "nu 1.5 is out of range; use 0 to 1", {"nu": 1.5}, None),
+    ("--nu much", "argument --nu: 'much' is no number", {"nu": "much"}, "nu 'much' is no number"),
+    ("--nu true", "argument --nu: 'true' is no number", {"nu": True}, "nu True is no number"),
+    ("--steps 0", "steps 0 is out of range; use 1 to 999", {"steps": 0}, None),
+    ("--steps 1000", "steps 1000 is out of range; use 1 to 999", {"steps": 1000}, None),
+    ("--steps 1001", "steps 1001 is out of range; use 1 to 999", {"steps": 1001}, None),
+    ("--steps 2.5", "argument --steps: '2.5' is no whole number", {"steps": 2.5}, "steps 2.5 is no whole number"),
+    ("--guidance -1", "guidance -1.0 is out of range; use 0 or more", {"guidance": -1.0}, None),
+    ("--guidance nan", "guidance nan is out of range", {"guidance": NAN}, None),
+    ("--guidance inf", "guidance inf is out of range", {"guidance": float("inf")}, None),
+    ("--seed -1", f"seed -1 is out of range; {LARGEST_SEED}", {"seeds": [-1]}, None),
+    (f"--seed {HUGE}", f"seed {HUGE} is out of range; {LARGEST_SEED}", {"seeds": [HUGE]}, None),
+    ("--seed 1.5", "argument --seed: '1.5' is no whole number", {"seeds": [1.5]}, "seed 1.5 is no whole number"),
+    (f"--seed {HUGE - 1} --count 2", f"seed {HUGE}, the last of count 2, is out of range", {"seeds": [HUGE - 1, HUGE]},
+     f"seed {HUGE} is out of range"),
+    ("--count 0", "count 0 is out of range; use 1 to 1000", {"seeds": []}, None),
+    ("--count -3", "count -3 is out of range; use 1 to 1000", None, None),
+    ("--count 1001", "count 1001 is out of range; use 1 to 1000", {"seeds": range(1001)}, None),
+    (f"--count {10**30}", f"count {10**30} is out of range; use 1 to 1000", None, None),
+    ("--size 100", "size 100x100 does not fit; both sides must be multiples of 8", {"size": (100, 100)}, None),
+    ("--size 64x4", "size 64x4 does not fit; both sides must be multiples of 8", {"size": (4, 64)}, None),
+    ("--size 0", "size 0x0 is out of range; use sides of up to 4096 pixels", {"size": (0, 0)}, None),
+    ("--size 64x5000", "size 64x5000 is out of range", {"size": (5000, 64)}, None),
+    ("--size 64x64x64", "'64x64x64' is no size; use a number of pixels or WIDTHxHEIGHT", {"size": (64, 64, 64)},
+     "size (64, 64, 64) is no pair of whole numbers"),
+    ("--size -64", "'-64' is no size", {"size": -64}, "size -64 is no pair of whole numbers"),
+    ("--size x", "'x' is no size", {"size": "x"}, "size 'x' is no pair of whole numbers"),
+    ("--eta 2", "eta 2.0 is out of range; use 0 to 1", {"eta": 2.0}, None),
+    ("--sampler euler", "sampler 'euler' is not known; use ddim, ddpm", {"sampler": "euler"}, None),
+    ("--token-weight tiger", "argument --token-weight/--reweight: 'tiger' must be WORD=S", {"token_weights": "tiger"},
+     "token_weights 'tiger' is no table of words and numbers"),
+    ("--reweight tiger", "argument --token-weight/--reweight: 'tiger' must be WORD=S", {"reweight": ["tiger", 1]},
+     "token_weights ['tiger', 1] is no table of words and numbers"),
+    ("--token-weight =1", "'=1' must be WORD=S", {"token_weights": {"": 1.0}}, "'' is not in the prompt"),
+    ("--token-weight tiger=much", "argument --token-weight/--reweight: 'much' is no number",
+     {"token_weights": {"tiger": "much"}}, "token_weights tiger: 'much' is no number"),
+    ("--token-weight lion=0", "token weight: 'lion' is not in the prompt; its words are: a, tiger",
+     {"token_weights": {"lion": 0.0}}, None),
+    ("--token-weight tiger=nan", "token_weights tiger: nan is out of range; use finite numbers; -2 to 2 is the useful",
+     {"token_weights": {"tiger": NAN}}, None),
+    ("--reweight tiger=-inf", "token_weights tiger: -inf is out of range",
+     {"reweight": {"tiger": -float("inf")}}, None),
+    ("--colour red", "unrecognized arguments: --colour red", None, None),
+    ("more", "unrecognized arguments: more", None, None),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "arguments", "message"), NUMBERS, ids=[" ".join(row[0]) for row in NUMBERS])
-def test_bad_numbers(options, arguments, message, tmp_path, models):
-    refused("a tiger", "--layout-prompt", "a car", *options, cwd=tmp_path, message=message)
+@pytest.mark.parametrize(("options", "line", "arguments", "message"), NUMBERS, ids=[row[0] for row in NUMBERS])
+def test_bad_numbers(options, line, arguments, message, tmp_path, models):
+    refused("a tiger", "--layout-prompt", "a car", *options.split(), cwd=tmp_path, message=line)
     if arguments is not None:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            magicmix.magicmix(models, "a tiger", "a car", **arguments)
+        with pytest.raises(ValueError, match=re.escape(message or line)):
+            next(magicmix.magicmix(models, "a tiger", "a car", **arguments))
+        if "size" not in arguments:
+            with pytest.raises(ValueError, match=re.escape(message or line)):
+                next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, 64, 64), **arguments))
+        if not arguments.keys() & {"k_max", "k_min", "nu"}:  # those of a layout
+            with pytest.raises(ValueError, match=re.escape(message or line)):
+                next(magicmix.text_to_image(models, "a tiger", **arguments))
+
+
+def test_arguments_of_several_lines_make_one(tmp_path):
+    refused("a tiger", "two\nlines", "more", cwd=tmp_path, message="unrecognized arguments: two lines more")
+
+
+def test_a_layout_of_a_size_that_does_not_fit(models):
+    for sides in ((60, 64), (64, 4)):
+        with pytest.raises(ValueError, match=f"size {sides[1]}x{sides[0]} does not fit; both sides must be multiples"):
+            next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, *sides)))
 
 
 # --------------------------------------------------------------------------------------------------------- text
@@ -231,7 +265,11 @@ def test_text_that_is_no_unicode(tmp_path, models):
     refused("tiger \udcff", "--layout-prompt", "a car", cwd=tmp_path, message=r"'tiger \udcff' holds half a character")
     for arguments in (("\ud800", "a car"), ("a tiger", "\ud800")):
         with pytest.raises(ValueError, match="holds half a character"):
-            magicmix.magicmix(models, *arguments)
+            next(magicmix.magicmix(models, *arguments))
+    with pytest.raises(ValueError, match="negative .* holds half a character"):
+        next(magicmix.magicmix(models, "a tiger", "a car", negative="\ud800"))
+    with pytest.raises(ValueError, match="token_weights .* holds half a character"):
+        next(magicmix.magicmix(models, "a tiger", "a car", token_weights={"\ud800": 1.0}))
 
 
 TEXTS = ["", "🐯👩‍👩‍👧‍👦", "虎", "نمر في الغابة", "बाघ", "a\x01\x1b[31mtiger\u202e", "<|endoftext|>"]
@@ -240,26 +278,27 @@ TEXTS = ["", "🐯👩‍👩‍👧‍👦", "虎", "نمر في الغابة",
 @pytest.mark.parametrize("prompt", TEXTS)
 def test_every_text_is_a_prompt(prompt, tmp_path):
     options = ["--layout-prompt", prompt, "--negative", prompt, "--steps", "2", "--size", "64"]
-    code, out, error = command(prompt, *options, "-o", "mix.png", cwd=tmp_path)
+    code, out, error = run(prompt, *options, "-o", "mix.png", cwd=tmp_path)
     assert code == 0 and "\x1b" not in out and out.endswith("mix.png\n"), error
-    code, _, error = command("--again", "mix.png", "-o", "again.png", cwd=tmp_path)
+    code, _, error = run("--again", "mix.png", "-o", "again.png", cwd=tmp_path)
     assert code == 0 and (tmp_path / "again.png").read_bytes() == (tmp_path / "mix.png").read_bytes(), error
 
 
 def test_the_words_that_are_cut_off_are_printed(tmp_path, models):
     words = " ".join(f"tiger{i}" for i in range(40))
-    code, out, error = command("a cat", "--layout-prompt", words, "--negative", words, "--steps", "1", cwd=tmp_path)
+    code, out, error = run("a cat", "--layout-prompt", words, "--negative", words, "--steps", "1", cwd=tmp_path)
     lines = out.splitlines()
-    rest = magicmix.cut_off(models.tokenizer, words)
+    rest = clip.cut_off(models.tokenizer, words)
     assert code == 0 and words.endswith(rest) and 0 < len(rest) < len(words) and "longer than" not in error
     assert lines[:2] == [f"{name}: beyond 32 tokens, cut off: {rest}" for name in ("layout_prompt", "negative")]
     # The oracle: what is cut off changes nothing, one word more does.
     read = words.removesuffix(rest)
-    states = magicmix.encode_prompts(models, [words, read, read.rsplit(maxsplit=1)[0]])
+    prompts = [words, read, read.rsplit(maxsplit=1)[0]]
+    states = clip.encode_prompts(models.tokenizer, models.text_encoder, prompts)
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
     for short in ("", "a tiger", "tiger " * 30):
-        assert magicmix.cut_off(models.tokenizer, short) == ""
-    assert magicmix.cut_off(models.tokenizer, "tiger " * 30 + "lion") == "lion"
+        assert clip.cut_off(models.tokenizer, short) == ""
+    assert clip.cut_off(models.tokenizer, "tiger " * 30 + "lion") == "lion"
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
@@ -267,14 +306,7 @@ def test_the_words_that_are_cut_off_are_printed(tmp_path, models):
 
 def tensors(part, change):
     """A change of a part's safetensors file: change(state) as {name: tensor}."""
-
-    def write(folder):
-        (path,) = (folder / part).glob("*.safetensors")
-        state = load_file(path)
-        change(state)
-        save_file(state, path)
-
-    return write
+    return lambda folder: change_tensors(folder, part, change)
 
 
 def header(change):
@@ -317,12 +349,7 @@ def retyped(dtype):
 
 
 def config(part, **fields):
-    def write(folder):
-        path = folder / part / ("scheduler_config.json" if part == "scheduler" else f"{part}_config.json")
-        path = path if path.exists() else folder / part / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return write
+    return lambda folder: change_config(folder, part, **fields)
 
 
 def another(part, **fields):
@@ -330,7 +357,7 @@ def another(part, **fields):
 
     def write(folder):
         config(part, **fields)(folder)
-        made = weights.MODELS[part](sources.read_config(folder / part / "config.json", part))
+        made = weights.MODELS[part](files.read_config(folder / part / "config.json", part))
         (path,) = (folder / part).glob("*.safetensors")
         save_file(made.state_dict(), path)
 
@@ -439,21 +466,48 @@ CHECKPOINTS = {  # what is done to a copy of the embedded checkpoint, the line
     "groups that do not divide": (config("vae", norm_num_groups=7), "must be multiples of norm_num_groups 7"),
     "heads that do not divide": (config("text_encoder", num_attention_heads=3), "must be a multiple of"),
     "heads of the UNet": (config("unet", attention_head_dim=7), "must be even and multiples of"),
-    "options of another kind": (replaced("magicmix.json", '{"steps": "many"}'), "cannot be right: steps = 'many'"),
-    "options that are none": (replaced("magicmix.json", '{"output": "/etc/passwd"}'), "cannot be right: output"),
+    "options that are no JSON": (replaced("magicmix.json", "{"), "magicmix.json cannot be read as JSON"),
+    "options that are a list": (replaced("magicmix.json", "[]"), "magicmix.json must hold a JSON object, not list"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_bad_checkpoints(name, tmp_path):
+def test_bad_checkpoints(name, tmp_path, folder):
     change, message = CHECKPOINTS[name]
-    folder = shutil.copytree(TINY, tmp_path / "model")
     change(folder)
-    refused("a tiger", "--layout-prompt", "a car", "--weights", "model", cwd=tmp_path, message=message)
-    if not name.startswith("options"):  # those are the command line's, not the models'
-        with pytest.raises(CheckpointError) as caught:
-            weights.load(folder)
-        assert message in weights.one_line(str(caught.value))
+    refused("a tiger", "--layout-prompt", "a car", "--weights", "checkpoint", cwd=tmp_path, message=message)
+    with pytest.raises(CheckpointError) as caught:
+        weights.load(folder)
+    assert message in machine.one_line(str(caught.value))
+
+
+MIXING_ONLY = "may not stand there; use k_max, k_min, nu, token_weights, steps, guidance, negative, sampler, eta, size"
+OWN_OPTIONS = [  # a checkpoint's magicmix.json, and what is said of it
+    ({"steps": "many"}, "steps 'many' is no whole number"),
+    ({"steps": True}, "steps True is no whole number"),
+    ({"k_max": None}, "k_max None is no number"),
+    ({"k_min": 0.9, "k_max": 0.1}, "k_min 0.9 is above k_max 0.1"),
+    ({"nu": 7}, "nu 7 is out of range; use 0 to 1"),
+    ({"sampler": ["ddim"]}, "sampler ['ddim'] is not known; use ddim, ddpm"),
+    ({"size": 64}, "size 64 is no pair of whole numbers"),
+    ({"output": "/etc/passwd"}, f"output = '/etc/passwd' {MIXING_ONLY}"),
+    ({"prompt": "a lion"}, f"prompt = 'a lion' {MIXING_ONLY}"),
+    ({"seed": 5}, f"seed = 5 {MIXING_ONLY}"),
+    ({"dtype": "bf16"}, f"dtype = 'bf16' {MIXING_ONLY}"),
+    ({"colour": "red"}, f"colour = 'red' {MIXING_ONLY}"),
+]
+
+
+@pytest.mark.parametrize(("own", "message"), OWN_OPTIONS, ids=[str(own) for own, _ in OWN_OPTIONS])
+def test_a_checkpoints_options(own, message, tmp_path, folder):
+    (folder / "magicmix.json").write_text(json.dumps(own))
+    message = f"magicmix.json: {message}"
+    refused("a tiger", "--layout-prompt", "a car", "--weights", "checkpoint", cwd=tmp_path, message=message)
+    with_own = weights.load(folder)
+    with_own.unet.forward = None
+    for steps in (magicmix.magicmix(with_own, "a tiger", "a car"), magicmix.text_to_image(with_own, "a tiger")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            next(steps)
 
 
 DEEP = {  # in the middle of a tensor, where loading does not look: (part, tensor, place)
@@ -464,20 +518,32 @@ DEEP = {  # in the middle of a tensor, where loading does not look: (part, tenso
 
 
 @pytest.mark.parametrize("part", DEEP)
-def test_one_bad_number_in_a_checkpoint(part, tmp_path):
-    """The UNet's shows after its first call, the others' before it."""
+def test_one_bad_number_in_a_checkpoint(part, tmp_path, folder):
+    """The VAE's shows when it is loaded, the text encoder's when a prompt is encoded, the UNet's after its first call.
+    A bad first number of a tensor shows in any part when it is loaded: those are among the checkpoints above."""
     name, place, value = DEEP[part]
-    folder = shutil.copytree(TINY, tmp_path / "model")
     spoil(part, name, place, value)(folder)
     message = f"{part}: tensor {name} holds NaN or Inf"
     for layout in (("--layout", LAYOUT), ("--layout-prompt", "a car")):
-        options = ("--weights", "model", "--quiet")
-        refused("a tiger", *layout, *options, cwd=tmp_path, message=message)
-    models, calls = weights.load(folder), []
-    models.unet.register_forward_hook(lambda *_: calls.append(1))
+        refused("a tiger", *layout, "--weights", "checkpoint", "--quiet", cwd=tmp_path, message=message)
+    if part == "vae":
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            weights.load(folder)
+        return
+    for free in (False, True):
+        models, calls = weights.load(folder, free_after_use=free), []
+        models.unet.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            next(magicmix.magicmix(models, "a tiger", "a car"))
+        assert len(calls) == (part == "unet")
+
+
+def test_one_bad_number_in_an_autoencoder_of_its_own(tmp_path, folder):
+    spoil("vae", *DEEP["vae"])(folder)
+    message = f"vae: tensor {DEEP['vae'][0]} holds NaN or Inf"
+    refused("a tiger", "--layout-prompt", "a car", "--vae", "checkpoint", "--quiet", cwd=tmp_path, message=message)
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        list(magicmix.magicmix(models, "a tiger", "a car"))
-    assert len(calls) == (part == "unet")
+        weights.load(vae=folder)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "model.pth", "model.pkl"])
@@ -492,15 +558,28 @@ def test_pickles_are_never_opened(name, there, tmp_path):
         weights.load(tmp_path / name)
 
 
-def test_a_bad_checkpoint_is_described_or_refused(tmp_path, capsys, monkeypatch):
-    folder = shutil.copytree(TINY, tmp_path / "model")
+def test_a_bad_checkpoint_is_described_or_refused(folder, capsys, monkeypatch):
     spoil("unet", *DEEP["unet"])(folder)
     monkeypatch.setattr(sys, "argv", ["weights", str(folder)])
-    assert description.main() == 0 and f"not finite   unet: {DEEP['unet'][0]}\n" in capsys.readouterr().out
+    assert __main__.main() == 0 and f"not finite   unet: {DEEP['unet'][0]}\n" in capsys.readouterr().out
     replaced("vae/config.json", '{"a\\u001b": 1}')(folder)
-    assert description.main() == 2
+    assert __main__.main() == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("weights: ") and error.count("\n") == 1 and r"a\x1b is 1" in error
+
+
+def test_a_control_character_in_a_description_is_escaped(folder, capsys, monkeypatch):
+    change_tensors(folder, "vae", lambda state: state.update({"\x1b[31mred": torch.full((1,), NAN)}))
+    monkeypatch.setattr(sys, "argv", ["weights", str(folder)])
+    assert __main__.main() == 0
+    out, _ = capsys.readouterr()
+    assert "not finite   vae: \\x1b[31mred\n" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["one", "two"]])
+def test_a_description_needs_one_source(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["weights", *arguments])
+    assert __main__.main() == 2 and capsys.readouterr().err.startswith("usage: python -m weights SOURCE")
 
 
 def test_sources_that_are_none(tmp_path):
@@ -526,7 +605,7 @@ MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "2", "--size", "64")
 def test_outputs_that_cannot_be(tmp_path):
     for output, message in {
         "no/such/folder/mix.png": "output folder 'no/such/folder' does not exist; make it first",
-        ".": "output '.' is not a file; give a name for the picture",
+        ".": "output '.' is not a file; give a name for the file",
         "/dev/null": "output '/dev/null' is not a file",  # as root, a rename would replace it
         "mix.jpg": "output 'mix.jpg' would hold a PNG; let its name end in .png",
         "x" * 300 + ".png": "File name too long",
@@ -536,56 +615,56 @@ def test_outputs_that_cannot_be(tmp_path):
     refused(*MIX, "-o", "mix.png/mix.png", cwd=tmp_path, message="output folder 'mix.png' does not exist")
 
 
-def test_devices_and_dtypes_that_cannot_be(tmp_path, monkeypatch, capsys):
+def test_devices_and_dtypes_that_cannot_be(tmp_path, monkeypatch):
     for device in ("abacus", "cuda:99", "meta", "xla", ""):
         message = f"device {device!r} cannot be used ("
         refused(*MIX, "--device", device, cwd=tmp_path, message=message)
         with pytest.raises(ValueError, match=re.escape(message)):
-            magicmix.choose_device(device)
-    refused(*MIX, "--dtype", "fp8", cwd=tmp_path, message="invalid choice: 'fp8'")
-    monkeypatch.setitem(magicmix.DTYPES, "fp16", torch.float8_e4m3fn)  # one that no CPU convolves in
+            machine.choose_device(device)
+    for option in ("dtype", "vae_dtype"):
+        message = f"{option} 'fp8' is not known; use fp32, fp16, bf16"
+        refused(*MIX, f"--{option.replace('_', '-')}", "fp8", cwd=tmp_path, message=message)
+    monkeypatch.setitem(machine.DTYPES, "fp16", "float8_e4m3fn")  # one that no CPU convolves in
     with pytest.raises(ValueError, match="dtype fp16 cannot be used on device 'cpu'"):
-        magicmix.precision("fp16", torch.device("cpu"))
+        machine.choose_dtype("fp16", torch.device("cpu"))
 
 
-LIMITED = """
-import resource, sys
-import magicmix, weights
-weights.load_tokenizer(None)  # its library is imported
-limit = {limit}
-resource.setrlimit(resource.RLIMIT_{what}, (limit, resource.RLIM_INFINITY))
-sys.exit(magicmix.main(sys.argv[1:]))
-"""
+def script_in_limits(limit, more, arguments, cwd, log):
+    """The command in a process whose operating system refuses it more than that, or than it has now and so much more.
+    Its tokenizer's library is imported and its threads have no stacks of their own, so that the limit hits the work."""
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if more else 0
+    resource.setrlimit(limit, (has + more, resource.RLIM_INFINITY) if more else (2000, resource.RLIM_INFINITY))
+    script(arguments, cwd, log, None)
 
 
-def limited(what, limit, *arguments, cwd):
-    """The command in a process whose operating system refuses it more than that."""
+def limited(limit, more, *arguments, cwd):
     (cwd / "mix.png").write_bytes(PRECIOUS)
-    code = LIMITED.format(what=what, limit=limit)
-    run, env = [sys.executable, "-c", code, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}  # no stacks of threads
-    done = subprocess.run(run, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    log = cwd.parent / f"{cwd.name}-log"
+    process = forks().Process(target=script_in_limits, args=(limit, more, arguments, cwd, log))
+    process.start()
+    process.join(300)
+    error = log.with_suffix(".err").read_text()
+    assert process.exitcode == 2 and error.count("\n") == 1, error
     assert (cwd / "mix.png").read_bytes() == PRECIOUS
     assert [path.name for path in cwd.iterdir()] == ["mix.png"]
-    return done.stderr
+    return error
 
 
 def test_a_disk_that_takes_no_more(tmp_path):
     """A limit on the size of files, in the middle of the picture: write() fails as it does on a full disk."""
-    error = limited("FSIZE", "2000", *MIX, "--quiet", cwd=tmp_path)
-    assert "output 'mix.png' cannot be written: File too large; choose another place with -o" in error
+    error = limited(resource.RLIMIT_FSIZE, 0, *MIX, "--quiet", cwd=tmp_path)
+    assert error == "magicmix: output 'mix.png' cannot be written: File too large; choose another place\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the size of the process from Linux")
 def test_out_of_memory(tmp_path):
-    limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 400_000_000"
     large = [*MIX[:-1], "2048", "--quiet"]
-    error = limited("AS", limit, *large, cwd=tmp_path)
+    error = limited(resource.RLIMIT_AS, 400_000_000, *large, cwd=tmp_path)
     assert error == "magicmix: out of memory; a smaller --size, --count 1 or --dtype bf16 needs less\n"
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    code, _, error = command(*MIX, "--weights", "nowhere", "--debug", cwd=tmp_path)
+    code, _, error = run(*MIX, "--weights", "nowhere", "--debug", cwd=tmp_path)
     assert code == 2 and error.startswith("Traceback") and "CheckpointError" in error
     assert error.splitlines()[-1].startswith("magicmix: weights 'nowhere' is no folder")
 
@@ -593,67 +672,84 @@ def test_debug_shows_the_traceback(tmp_path):
 # ----------------------------------------------------------------------------------------------- --again's files
 
 
-def write_metadata(path, metadata):
-    info = PngImagePlugin.PngInfo()
-    info.add_text("magicmix", metadata if isinstance(metadata, str) else json.dumps(metadata))
-    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
-
-
 def again(**parameters):
     return {"parameters": {"prompt": "a tiger", "layout_prompt": "a car", "steps": 1} | parameters}
 
 
-METADATA = [
+NOT_THERE = "may not stand there; use prompt, layout, layout_prompt, k_max"
+METADATA = [  # that is refused when it is read
     ("{", "cannot be read"),
     ("[" * 100_000, "cannot be read"),
     ("[]", "has no magicmix parameters; --again needs a picture that has"),
     ('{"parameters": 3}', "has no magicmix parameters"),
     ('{"parameters": {"seed": ' + "9" * 5000 + "}}", "cannot be read"),
-    (json.dumps(again(prompt="x" * 300_000)), "its parameters have"),
-    (again(output="/tmp/elsewhere.png"), "has a parameter that cannot be right: output"),
-    (again(device="cuda"), "has a parameter that cannot be right: device"),
-    (again(debug=True), "has a parameter that cannot be right: debug"),
-    (again(again="mix.png"), "has a parameter that cannot be right: again"),
-    (again(count=10**9), "has a parameter that cannot be right: count"),
-    (again(prompt=3), "has a parameter that cannot be right: prompt = 3"),
-    (again(prompt=None), "has a parameter that cannot be right: prompt = None"),
-    (again(steps=True), "has a parameter that cannot be right: steps = True"),
-    (again(no_ema=1), "has a parameter that cannot be right: no_ema = 1"),
-    (again(size="64"), "has a parameter that cannot be right: size"),
-    (again(size=[64]), "has a parameter that cannot be right: size"),
-    (again(size=[64.0, 64.0]), "has a parameter that cannot be right: size"),
-    (again(size={}), "has a parameter that cannot be right: size"),
+    (json.dumps(again(prompt="x" * 300_000)), "its parameters have 300,"),
+    (again(output="/tmp/elsewhere.png"), f"output = '/tmp/elsewhere.png' {NOT_THERE}"),
+    (again(device="cuda"), f"device = 'cuda' {NOT_THERE}"),
+    (again(debug=True), f"debug = True {NOT_THERE}"),
+    (again(again="mix.png"), f"again = 'mix.png' {NOT_THERE}"),
+    (again(count=10**9), f"count = 1000000000 {NOT_THERE}"),
+    (again(keep_noise="eps.npy"), f"keep_noise = 'eps.npy' {NOT_THERE}"),
+    (again(colour="red"), f"colour = 'red' {NOT_THERE}"),
+    (again(prompt=3), "prompt 3 is no text"),
+    (again(prompt=None), "prompt None is no text"),
+    (again(layout=3), "layout 3 is no path"),
+    (again(weights=""), "weights '' is no path"),
+    (again(steps=True), "steps True is no whole number"),
+    (again(noise_row=-1), "noise_row -1 is out of range; use 0 or more"),
+    (again(noise_row=0.5), "noise_row 0.5 is no whole number"),
+    (again(no_ema=1), "no_ema 1 is neither true nor false"),
+    (again(size="64"), "size '64' is no pair of whole numbers"),
+    (again(size=[64]), "size [64] is no pair of whole numbers"),
+    (again(size=[64.0, 64.0]), "size [64.0, 64.0] is no pair of whole numbers"),
+    (again(size={}), "size {} is no pair of whole numbers"),
     (again(size=[10**9, 10**9]), "size 1000000000x1000000000 is out of range"),
-    (again(reweight={"tiger": "x"}), "has a parameter that cannot be right: reweight"),
-    (again(reweight={"tiger": True}), "has a parameter that cannot be right: reweight"),
-    (again(reweight=[1, 2]), "has a parameter that cannot be right: reweight"),
-    (again(reweight={"tiger": float("nan")}), "reweight tiger=nan is not a finite number"),
-    (again(k_max=float("nan")), "k-max nan is out of range"),
+    (again(token_weights={"tiger": "x"}), "token_weights tiger: 'x' is no number"),
+    (again(token_weights={"tiger": True}), "token_weights tiger: True is no number"),
+    (again(reweight=[1, 2]), "token_weights [1, 2] is no table of words and numbers"),
+    (again(reweight={"tiger": float("nan")}), "token_weights tiger: nan is out of range; use finite numbers"),
+    (again(k_max=float("nan")), "k_max nan is out of range"),
+    (again(k_max=0.2, k_min=0.3), "k_min 0.3 is above k_max 0.2"),
     (again(guidance=1e999), "guidance inf is out of range"),
     (again(seed=-1), "seed -1 is out of range"),
-    (again(seed=10**300), "is out of range; use 0 to 2^64 - 1"),
+    (again(seed=10**300), f"is out of range; {LARGEST_SEED}"),
     (again(steps=10**12), "steps 1000000000000 is out of range"),
     (again(sampler="euler"), "sampler 'euler' is not known; use ddim, ddpm"),
     (again(dtype="fp8"), "dtype 'fp8' is not known; use fp32, fp16, bf16"),
     (again(upcast_attention="maybe"), "upcast_attention 'maybe' is not known; use auto, on, off"),
     (again(negative="\ud800"), "holds half a character"),
+]
+LATER = [  # that is refused when it is used
     (again(layout="layout.png"), "give one of --layout IMAGE and --layout-prompt TEXT"),
+    ({"parameters": {"layout_prompt": "a car"}}, "the content prompt is missing"),
     (again(weights="/dev/zero"), "/dev/zero is missing"),
     (again(weights="model.ckpt"), "is a pickle"),
     (again(weights="\0"), "is no folder"),
     (again(vae="/dev/zero"), "/dev/zero is missing"),
+    (again(noise="/dev/zero"), "noise '/dev/zero' cannot be read: it is not a file"),
+    (again(noise="\0"), "does not exist"),
     (again() | {"checkpoint": {"unet": "0"}}, "made with another checkpoint; give its folder with --weights"),
+    (again() | {"checkpoint": {"unet": [{}]}}, "made with another checkpoint; give its folder with --weights"),
+    (again() | {"checkpoint": {"colour": "red"}}, "made with another checkpoint; give its folder with --weights"),
     (again() | {"checkpoint": None}, "made with another checkpoint; give its folder with --weights"),
+    (again() | {"checkpoint": []}, "made with another checkpoint; give its folder with --weights"),
 ]
 
 
 @pytest.mark.parametrize(("metadata", "message"), METADATA, ids=[message for _, message in METADATA])
 def test_bad_metadata(metadata, message, tmp_path):
-    write_metadata(tmp_path / "old.png", metadata)
+    write_again(tmp_path / "old.png", metadata)
+    error = refused("--again", "old.png", cwd=tmp_path, message=message)
+    assert "picture 'old.png'" in error
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pictures.read_metadata(tmp_path / "old.png")
+
+
+@pytest.mark.parametrize(("metadata", "message"), LATER, ids=[str(metadata) for metadata, _ in LATER])
+def test_metadata_that_cannot_be_followed(metadata, message, tmp_path):
+    write_again(tmp_path / "old.png", metadata)
     refused("--again", "old.png", cwd=tmp_path, message=message)
-    if "picture 'old.png'" in message or "cannot be right" in message or "cannot be read" in message:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            magicmix.read_metadata(tmp_path / "old.png")
+    assert pictures.read_metadata(tmp_path / "old.png") == metadata
 
 
 def test_pictures_to_make_again_that_are_none(tmp_path):
@@ -672,19 +768,20 @@ def test_pictures_to_make_again_that_are_none(tmp_path):
 
 def test_a_path_from_the_metadata_is_shown_before_it_is_followed(tmp_path):
     """Even with --quiet, and with its control characters escaped."""
-    metadata = again(layout="\x1b[2Jsecret.png", weights="model\nfolder", vae="other")
+    metadata = again(layout="\x1b[2Jsecret.png", weights="model\nfolder", vae="other", noise="eps.npy")
     del metadata["parameters"]["layout_prompt"]
-    write_metadata(tmp_path / "old.png", metadata)
-    code, out, error = command("--again", "old.png", "--quiet", cwd=tmp_path)
-    assert code == 2 and out == "layout: \\x1b[2Jsecret.png\nweights: model folder\nvae: other\n"
+    write_again(tmp_path / "old.png", metadata)
+    code, out, error = run("--again", "old.png", "--quiet", cwd=tmp_path)
+    assert code == 2
+    assert out == "layout: \\x1b[2Jsecret.png\nnoise: eps.npy\nweights: model folder\nvae: other\n"
     assert "does not exist" in error and "\x1b" not in error
 
 
 def test_another_layout_replaces_the_recorded_one(tmp_path):
-    assert command("a tiger", "--layout", LAYOUT, "--steps", "2", cwd=tmp_path).code == 0
+    assert run("a tiger", "--layout", LAYOUT, "--steps", "2", cwd=tmp_path).code == 0
     for option, value in (("--layout-prompt", "a car"), ("--layout", ROOT / "docs" / "layouts" / "mug.png")):
-        code, _, error = command("--again", "mix.png", option, value, "-o", "new.png", cwd=tmp_path)
+        code, _, error = run("--again", "mix.png", option, value, "-o", "new.png", cwd=tmp_path)
         assert code == 0, error
-        direct = command("a tiger", option, value, "--steps", "2", "-o", "direct.png", cwd=tmp_path)
+        direct = run("a tiger", option, value, "--steps", "2", "-o", "direct.png", cwd=tmp_path)
         assert direct.code == 0
         assert (tmp_path / "new.png").read_bytes() == (tmp_path / "direct.png").read_bytes()

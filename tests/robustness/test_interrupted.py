@@ -1,5 +1,6 @@
 """Ended in the middle: by Ctrl-C, by SIGTERM, by a kill that nothing can catch."""
 
+import contextlib
 import os
 import random
 import signal
@@ -9,24 +10,24 @@ import time
 
 import numpy as np
 import pytest
-from conftest import FORKS, ROOT, command, wait_for_handlers
+from conftest import ROOT, forks, run, wait_for_handlers
 from PIL import Image
 
-import magicmix
+from command import machine, pictures
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="waits for handlers as Linux shows them")
-MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "30")
+MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "20", "--size", "64")
 KILLS = 50
 
 
 def overwrite_for_ever(path, seed):
     """The command's own way of writing, again and again, each time with one of two pictures."""
-    pictures = two_pictures()
+    two = two_pictures()
     order = random.Random(seed)
     while True:
         i = order.randrange(2)
-        magicmix.save(pictures[i], path, {"picture": i})
+        pictures.save(two[i], path, {"picture": i})
 
 
 def two_pictures():
@@ -38,13 +39,13 @@ def test_a_kill_while_a_picture_is_overwritten(tmp_path):
     """50 kills at random moments: the file is always one of the pictures, whole, with its own parameters."""
     path, whole = tmp_path / "mix.png", []
     for i, picture in enumerate(two_pictures()):
-        magicmix.save(picture, path, {"picture": i})
+        pictures.save(picture, path, {"picture": i})
         whole.append(path.read_bytes())
     random_moment, written = random.Random(1), 0
     for kill in range(KILLS):
         path.write_bytes(whole[kill % 2])
         old = path.stat().st_mtime_ns
-        process = FORKS.Process(target=overwrite_for_ever, args=(path, kill))
+        process = forks().Process(target=overwrite_for_ever, args=(path, kill))
         process.start()
         while path.stat().st_mtime_ns == old and process.is_alive():  # it has begun
             time.sleep(0.001)
@@ -65,19 +66,46 @@ def test_a_kill_while_a_picture_is_overwritten(tmp_path):
 def test_a_signal_at_any_moment(number, expected, tmp_path):
     """After the imports: the code that shells expect, no traceback, the old picture or the new one, no file besides."""
     (tmp_path / "mix.png").write_bytes(b"old")
-    assert command(*MIX, cwd=tmp_path).code == 0
+    assert run(*MIX, cwd=tmp_path).code == 0
     new, codes = (tmp_path / "mix.png").read_bytes(), []
     started = time.monotonic()
-    assert command(*MIX, cwd=tmp_path).code == 0
+    assert run(*MIX, cwd=tmp_path).code == 0
     whole_run, random_moment = time.monotonic() - started, random.Random(2)
     for _ in range(12):
         (tmp_path / "mix.png").write_bytes(b"old")
-        done = command(*MIX, cwd=tmp_path, kill=(number, random_moment.uniform(0, whole_run)))
+        done = run(*MIX, cwd=tmp_path, kill=(number, random_moment.uniform(0, whole_run)))
         assert done.code in (0, expected) and "Traceback" not in done.err, done
         assert (tmp_path / "mix.png").read_bytes() in ((new,) if done.code == 0 else (b"old", new))
         assert os.listdir(tmp_path) == ["mix.png"], "files were left behind"
         codes.append(done.code)
     assert codes.count(expected) >= 6, codes
+
+
+def signalled_where_exceptions_are_lost(number, where):
+    """A process that gets a signal in the midst of a library's code and goes on for a while."""
+    machine.exit_on_signals()
+
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    if where == "__del__":
+        Last()
+    else:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("where", ["__del__", "a bare except"])
+@pytest.mark.parametrize(("number", "expected"), SIGNALS)
+def test_a_signal_where_exceptions_are_lost(number, expected, where):
+    """Python ignores what is raised in a __del__, and libraries catch whatever they like."""
+    process = forks().Process(target=signalled_where_exceptions_are_lost, args=(number, where))
+    process.start()
+    process.join(60)
+    assert process.exitcode == expected
 
 
 @LINUX
@@ -86,8 +114,8 @@ def test_a_signal_during_the_imports(number, expected, tmp_path):
     """From the script's first lines on; what comes earlier, some hundredths of a second, is the interpreter's start."""
     random_moment = random.Random(3)
     for _ in range(5):
-        run = [sys.executable, str(ROOT / "magicmix.py"), *MIX]
-        process = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        line = [sys.executable, str(ROOT / "magicmix.py"), *MIX]
+        process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for_handlers(process.pid)
         time.sleep(random_moment.uniform(0, 1))
         process.send_signal(number)
