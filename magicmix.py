@@ -9,7 +9,7 @@ k_max, k_min and nu set how much of the layout stays.
 from command import machine
 
 if __name__ == "__main__":
-    machine.end_at_once_on_signals()  # the imports below take a second
+    machine.end_on_signals()  # before the imports, which take a second
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import clip
 import weights
+from command import noise as noise_files
 from command import options, pictures, request
 from command.options import Options
 from scheduler import Schedule
@@ -192,15 +193,12 @@ def magicmix(
     o = options.of_mix(models.defaults, given)
     schedule = Schedule(models.schedule, o.steps)
     K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
-    size = layout.shape[2:] if isinstance(layout, Tensor) else o.size
-    noise = noise or Noise(seeds, models.latent_size(size), models.device)
-    eps = noise()
+    size = models.latent_size(layout.shape[2:] if isinstance(layout, Tensor) else o.size)
+    noise = noise or Noise(seeds, size, models.device)
+    eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     if isinstance(layout, Tensor):
-        x0 = models.vae.encode(layout)
-        if x0.shape[1:] != eps.shape[1:]:
-            raise ValueError(f"noise has shape {tuple(eps.shape)}; this layout needs (B, {tuple(x0.shape[1:])})")
-        x0 = x0.expand_as(eps)  # (B, 4, H, W)
+        x0 = noise_files.matched(models.vae.encode(layout), eps)  # (B, 4, H, W)
         yield from mix(content, ImageLayout(schedule, x0, eps), K_max, K_min, o.nu)
     else:
         schedule.warn_if_not_noise()
@@ -221,7 +219,7 @@ def text_to_image(
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
     noise = noise or Noise(seeds, models.latent_size(o.size), models.device)
-    eps = noise()
+    eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     yield from trajectory(content, eps, o.steps, 0, "content")
 
@@ -247,6 +245,7 @@ def make(asked: dict) -> None:
     o = options.of_mix(models.defaults, r.mixing())
     noise = r.noise_of(Noise(r.seeds, models.latent_size(o.size), models.device))
     layout = pictures.fit(r.layout.picture, o.size).to(models.device) if r.layout else r["layout_prompt"]
+    clip.token_weights(models.tokenizer, r["prompt"], o.token_weights or {})  # a wrong word shows before the first step
     r.tell(*pictures.changes(r.layout, o.size))
     for name in ("prompt", "layout_prompt", "negative"):
         if unread := clip.cut_off(models.tokenizer, r[name] or ""):
@@ -254,6 +253,8 @@ def make(asked: dict) -> None:
     steps = magicmix(models, r["prompt"], layout, noise=noise, **o.only(options.MIXING))
     last = machine.follow(steps, o.K_max if r.layout else o.K_max + o.steps - o.K_min, r["quiet"])
     x = last.x if last else models.vae.encode(layout).expand_as(noise.eps)  # K_max = 0: the layout itself
+    if r["keep_noise"]:
+        noise_files.write(r["keep_noise"], noise.eps)
     for row, picture in enumerate(decode(models, x)):
         pictures.save(picture, r.paths[row], r.metadata(row, o, models))
         r.tell(r.paths[row])
@@ -266,5 +267,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    machine.exit_on_signals()
     sys.exit(main())

@@ -12,18 +12,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
+TEMPORARY = set()  # files that are being written, to be cleared away when the process ends
 
-def end_at_once_on_signals() -> None:
-    """For the imports: an exception in the middle of torch's own start would abort the process. 128 + the signal, as
-    shells count."""
+
+def end_on_signals() -> None:
+    """SIGINT and SIGTERM end the process at once, with 128 + the signal, as shells count. Not by an exception: in the
+    middle of torch's start one would abort the process, and in a library's `__del__` it would be lost."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.signal(number, end)
 
 
-def exit_on_signals() -> None:
-    """From the imports on: an exception, since a half-written picture has to be cleared away."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+def end(number: int, _) -> None:
+    for path in list(TEMPORARY):
+        path.unlink(missing_ok=True)
+    os._exit(128 + number)
 
 
 def one_line(text: object) -> str:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -39,16 +38,23 @@ def read(path: str | Path) -> NoiseFile:
     must_be_file(path, "noise", "give a .npy or .safetensors file")
     check_suffix(path)
     try:
-        if path.suffix == ".npy":
-            eps = torch.from_numpy(np.lib.format.open_memmap(path, mode="r").astype(np.float32))
-        else:
-            eps = load_file(path)["eps"].float()
-    except (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError) as error:
+        eps = read_npy(path) if path.suffix == ".npy" else load_file(path)["eps"].float()
+        is_finite = bool(eps.isfinite().all())
+    except Exception as error:  # whatever the libraries trip over in files that are not what they are called
         raise ValueError(f"noise {str(path)!r} cannot be read: {error}; save an array of (B, 4, H, W)") from error
-    if eps.ndim != 4 or eps.shape[1] != 4 or not eps.isfinite().all():
+    if eps.ndim != 4 or eps.shape[1] != 4 or not is_finite:
         raise ValueError(f"noise {str(path)!r} has shape {tuple(eps.shape)}; save finite numbers of shape (B, 4, H, W)")
     with path.open("rb") as file:
         return NoiseFile(eps, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def read_npy(path: Path) -> Tensor:
+    """A .npy file's numbers in float32. It is mapped, so that its shape is held against its size before it is read."""
+    array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"it holds {array.dtype}")
+    with np.errstate(over="ignore"):  # too large for float32: Inf, which is refused
+        return torch.from_numpy(array.astype(np.float32))
 
 
 class Known:
@@ -60,6 +66,21 @@ class Known:
     def __call__(self) -> Tensor:
         self.drawn += 1
         return self.eps if self.drawn == 1 else self.later()
+
+
+def checked(eps: Tensor) -> Tensor:
+    """A draw as it is. Raises ValueError unless it is (B, 4, H, W)."""
+    if eps.ndim != 4 or eps.shape[1] != 4 or not eps.numel():
+        raise ValueError(f"noise has shape {tuple(eps.shape)}; each draw must be (B, 4, H, W)")
+    return eps
+
+
+def matched(x0: Tensor, eps: Tensor) -> Tensor:
+    """The latents of a layout (1 or B, 4, H, W) in the shape of eps (B, 4, H, W). Raises ValueError when that cannot
+    be."""
+    if x0.shape[1:] != eps.shape[1:] or len(x0) not in (1, len(eps)):
+        raise ValueError(f"noise has shape {tuple(eps.shape)}; this layout's latent has {tuple(x0.shape)}")
+    return x0.expand_as(eps)
 
 
 def check_target(path: str | Path) -> None:

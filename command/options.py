@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 from command.machine import one_line
@@ -38,7 +39,7 @@ class Number:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * self.whole}number") from None
 
     def check(self, value: object) -> None:
-        if type(value) not in ((int,) if self.whole else (int, float)):  # bool is neither
+        if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool):  # numpy's count as well
             raise ValueError(f"{value!r} is no {'whole ' * self.whole}number")
         if not self.low <= value <= self.high:  # NaN is in no range
             finite = "finite numbers" if self.low == -FINITE else f"{self.low} or more"
@@ -230,7 +231,9 @@ class Options:
     # fmt: on
 
     def __post_init__(self):
-        check({name: value for name, value in vars(self).items() if value is not None})
+        check({name: value for name, value in vars(self).items() if not is_left_out(name, value)})
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(self.size))  # JSON has lists
 
     @property
     def K_max(self) -> int:
@@ -289,7 +292,12 @@ def of_mix(own: dict, given: dict, unused: Sequence[str] = ()) -> Options:
     known = [name for name in names(MIXING) if name not in unused]
     if unknown := sorted(given.keys() - set(known)):
         raise TypeError(f"{unknown[0]!r} is no option of the mixing; those are {', '.join(known)}")
-    return Options(**(own | given))
+    return Options(**(own | {name: value for name, value in given.items() if not is_left_out(name, value)}))
+
+
+def is_left_out(name: str, value: object) -> bool:
+    """None stands for the default where that is None too."""
+    return value is None and DEFAULTS[name] is None
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -339,8 +347,11 @@ def default_text(name: str, embedded: dict) -> str:
 
 
 def todays_names(recorded: dict) -> dict:
-    """Options by name, some of whose names have changed since."""
+    """Options by name, some of whose names have changed since. Raises ValueError for one that has both names."""
     formers = {facts["former"]: name for name, facts in FACTS.items() if facts["former"]}
+    for former in recorded.keys() & formers.keys():
+        if formers[former] in recorded:
+            raise ValueError(f"{former} is the former name of {formers[former]}; give one of them")
     return {formers.get(name, name): value for name, value in recorded.items()}
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from command import options
+from command import machine, options
 
 # Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
@@ -138,6 +138,7 @@ def replace(path: Path, what: str, write) -> None:
     Raises OSError.
     """
     temporary = path.with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
+    machine.TEMPORARY.add(temporary)
     try:
         with temporary.open("xb") as file:
             write(file)
@@ -149,6 +150,7 @@ def replace(path: Path, what: str, write) -> None:
         raise OSError(f"{what} {str(path)!r} {reason}; choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
+        machine.TEMPORARY.discard(temporary)
 
 
 def save(picture: Image.Image, path: Path, metadata: dict) -> None:

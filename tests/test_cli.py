@@ -202,8 +202,17 @@ def help_text(tmp_path_factory):
 
 def test_help_explains_the_options_in_the_papers_terms(help_text):
     text = " ".join(help_text.split())
-    for term in (r"K_max / T", r"K_min / T", r"nu, the content's share", r"the sampler", r"noise eps", r"take eps",
-                 r"cross- ?attention", r"classifier-free guidance", r"arXiv 2210\.16056"):  # fmt: skip
+    for term in (
+        r"K_max / T",
+        r"K_min / T",
+        r"nu, the content's share",
+        r"the sampler",
+        r"noise eps",
+        r"take eps",
+        r"cross- ?attention",
+        r"classifier-free guidance",
+        r"arXiv 2210\.16056",
+    ):
         assert re.search(rf"(?<!\w){term}(?!\w)", text), term
 
 

@@ -30,8 +30,11 @@ PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724}  # of the UNet
 def published(tmp_path, family, name, dtype=None, drop=()):
     facts = FACTS["single"][family]
     groups = set(facts["files"][name]["groups"])
-    rows = {n: (shape, (dtype or d) if d == "F32" else d) for n, (shape, d, group) in facts["tensors"].items()
-            if group in groups and not n.startswith(drop)}  # fmt: skip
+    rows = {
+        n: (shape, (dtype or d) if d == "F32" else d)
+        for n, (shape, d, group) in facts["tensors"].items()
+        if group in groups and not n.startswith(drop)
+    }
     return sparse_file(tmp_path / name, rows)
 
 
@@ -111,15 +114,28 @@ def test_an_autoencoder_of_its_own_on_the_command_line(tmp_path):
 def test_the_description_of_a_single_file(tmp_path):
     """In half precision, since every byte is read; the published ones are in float32."""
     lines = "\n".join(describe(str(published(tmp_path, "sd15", "v1-5-pruned.safetensors", "F16"))))
-    for fact in ("format       single file", "family       SD 1", "epsilon, as all of SD 1", "686 tensors, 859,520,964",
-                 "248 tensors, 83,653,863", "196 tensors, 123,060,480", "a full copy, used unless --no-ema",
-                 "12 tensors: the noise schedule", "no release that is known", "missing      nothing"):  # fmt: skip
+    for fact in (
+        "format       single file",
+        "family       SD 1",
+        "epsilon, as all of SD 1",
+        "686 tensors, 859,520,964",
+        "248 tensors, 83,653,863",
+        "196 tensors, 123,060,480",
+        "a full copy, used unless --no-ema",
+        "12 tensors: the noise schedule",
+        "no release that is known",
+        "missing      nothing",
+    ):
         assert fact in lines, fact
     drop = ("first_stage_model.decoder.conv_out",)
     second = published(tmp_path, "sd21", "v2-1_768-ema-pruned.safetensors", "F16", drop=drop)
     lines = "\n".join(describe(str(second)))
-    for fact in ("family       SD 2", "probed when it is loaded", "14 tensors: what SD2 does not read",
-                 "missing      vae: decoder.conv_out.bias"):  # fmt: skip
+    for fact in (
+        "family       SD 2",
+        "probed when it is loaded",
+        "14 tensors: what SD2 does not read",
+        "missing      vae: decoder.conv_out.bias",
+    ):
         assert fact in lines, fact
 
 
@@ -199,8 +215,11 @@ def test_folders_of_pickles_and_of_other_models_are_refused(folder):
         weights.load(folder)
     config = folder / "unet" / "config.json"
     raw = json.loads(config.read_text())
-    for change, message in (({"in_channels": 9}, "inpainting"), ({"in_channels": 8}, "pix2pix"),
-                            ({"cross_attention_dim": 2048}, "SDXL")):  # fmt: skip
+    for change, message in (
+        ({"in_channels": 9}, "inpainting"),
+        ({"in_channels": 8}, "pix2pix"),
+        ({"cross_attention_dim": 2048}, "SDXL"),
+    ):
         config.write_text(json.dumps(raw | change))
         with pytest.raises(CheckpointError, match=message):
             weights.load(folder)

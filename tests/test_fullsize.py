@@ -22,8 +22,10 @@ FACTS = published_facts()
 
 pytestmark = pytest.mark.fullsize
 
-REPOSITORIES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5 (was runwayml/stable-diffusion-v1-5)",
-                "sd21": "stabilityai/stable-diffusion-2-1"}  # fmt: skip
+REPOSITORIES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5 (was runwayml/stable-diffusion-v1-5)",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+}
 CLASSES = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
 
 

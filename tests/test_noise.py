@@ -139,9 +139,16 @@ def npy(descr, shape, body=b""):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
 
 
+class Hostile:
+    """Leaves a folder behind where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("opened",)
+
+
 def pickled():
     file = io.BytesIO()
-    np.save(file, np.full((1, *SHAPE), None, dtype=object), allow_pickle=True)
+    np.save(file, np.full((1, *SHAPE), Hostile(), dtype=object), allow_pickle=True)
     return file.getvalue()
 
 
@@ -241,8 +248,12 @@ def test_noise_that_is_no_file(tmp_path):
 def test_rows_beyond_the_end(tmp_path):
     written(tmp_path / "eps.npy", gaussian(2))
     shared = ["a tiger", *LAYOUTS["prompt"], *FAST, "--noise", "eps.npy"]
-    for options, first, count in ((["--noise-row", "2"], 2, 1), (["--noise-row", "1", "--count", "2"], 1, 2),
-                                  (["--count", "3"], 0, 3), (["--noise-row", str(10**30)], 10**30, 1)):  # fmt: skip
+    for options, first, count in (
+        (["--noise-row", "2"], 2, 1),
+        (["--noise-row", "1", "--count", "2"], 1, 2),
+        (["--count", "3"], 0, 3),
+        (["--noise-row", str(10**30)], 10**30, 1),
+    ):
         message = f"noise has shape (2, 4, 6, 8); ({count}, 4, 6, 8) from row {first} on are needed"
         refused(*shared, *options, cwd=tmp_path, message=message)
     refused(*shared, "--noise-row", "-1", cwd=tmp_path, message="noise_row -1 is out of range; use 0 or more")

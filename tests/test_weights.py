@@ -289,7 +289,7 @@ def test_the_memory_goes_back(folder, tmp_path):
         assert kept[f"{part} after"] > 0.9 * size[part]
         assert freed[f"{part} loaded"] < 0.05 * size[part] and freed[f"{part} after"] < 0.05 * size[part]
         assert freed[f"process {in_use}"] - freed["process after"] > 0.5 * size[part]
-    assert kept["process after"] - freed["process after"] > 0.9 * sum(size.values())
+    assert kept["process after"] - freed["process after"] > 0.8 * sum(size.values())
 
 
 # ---------------------------------------------------------------------------------------------------- its size

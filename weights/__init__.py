@@ -257,8 +257,8 @@ def load(
     is_sd2 = opened.configs["text_encoder"].hidden_act == "gelu"
     tokenizer = load_tokenizer(opened.tokenizer, pad="!" if is_sd2 else "<|endoftext|>")  # SD2 pads with id 0
     check_together(opened, tokenizer, str(source))
-    if free_after_use:
-        hook_parts(opened, models, dtypes)
+    if free_after_use and opened.format == "folder":  # a single file stays mapped for the UNet anyway
+        hook_parts(opened, models, dtypes, ["text_encoder", "vae"] if vae is None else ["text_encoder"])
     return Checkpoint(
         tokenizer=tokenizer,
         **models,
@@ -300,19 +300,17 @@ def check_together(source: Source, tokenizer, where: str) -> None:
         raise CheckpointError(f"{where}: the tokenizer's ids reach to {last}, the text encoder's to {own - 1}")
 
 
-def hook_parts(source: Source, models: dict[str, nn.Module], dtypes: dict[str, torch.dtype]) -> None:
-    """Lets the text encoder and the VAE give their memory back after each use, where that is free: they lie in files
-    of their own (a single file stays mapped for the UNet anyway), on the CPU, in the dtype that they are used in."""
+def hook_parts(source: Source, models: dict, dtypes: dict[str, torch.dtype], parts: list[str]) -> None:
+    """Lets these parts of a folder give their memory back after each use, where that is free: on the CPU, in the dtype
+    of their files."""
     users = {"text_encoder": [models["text_encoder"]], "vae": [models["vae"].encoder, models["vae"].decoder]}
-    for part, modules in users.items():
+    for part in parts:
         tensors = source.tensors[part].values()
-        mapped = all(
-            t.dtype == dtypes[part] and t.device == p.device for t, p in zip(tensors, models[part].parameters())
-        )
-        if mapped and not set(source.files[part]) & set(source.files["unet"]):
+        is_mapped = all(t.dtype == dtypes[part] for t in tensors)
+        if is_mapped and all(p.device.type == "cpu" for p in models[part].parameters()):
             map_anew = MapAnew(part, models[part], source.files[part], dtypes[part])
             map_anew()  # what loading has read of it goes at once
-            for module in modules:
+            for module in users[part]:
                 module.register_forward_hook(map_anew)
 
 

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -20,26 +21,34 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, with_unet
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 import clip
 import magicmix
 import weights
-from command import noise, pictures
+from command import machine, noise, pictures
 from scheduler import Schedule
 from weights import CheckpointError, files
 
 MANY = int(os.environ.get("FUZZ", 0))
-NUMBER = st.integers(0, 2**64 - 1)  # what an input follows from
 
 
-def fuzzed(count):
-    """5 s is the bound for one input; hypothesis reports a slower one, and the number of one that fails."""
-    return settings(max_examples=MANY or count, derandomize=not MANY, deadline=5000, database=None,
-                    suppress_health_check=list(HealthCheck))  # fmt: skip
+def numbers(count):
+    """What so many inputs follow from."""
+    return (random.getrandbits(64) for _ in range(MANY)) if MANY else range(count)
+
+
+@contextlib.contextmanager
+def input_of(number):
+    """What is random in one input. Notes its number at an error; 5 s is the bound for one."""
+    started = time.monotonic()
+    try:
+        yield Chance(number)
+        assert time.monotonic() - started <= 5, "too slow"
+    except BaseException as error:
+        error.add_note(f"This is the input of the number {number}.")
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------- memory
@@ -67,11 +76,11 @@ def peak(name):
 @pytest.mark.skipif(not IS_MEASURED, reason="/proc/self/clear_refs: no input's memory is bounded in these tests")
 def test_the_memory_of_an_input_is_bounded():
     with bounded_memory(0):
-        bytearray(SLACK // 2)
+        b"x" * (SLACK // 2)
     with bounded_memory(SLACK):
-        bytearray(2 * SLACK)
+        b"x" * (2 * SLACK)
     with pytest.raises(AssertionError, match="too much memory"), bounded_memory(SLACK):
-        bytearray(4 * SLACK)
+        b"x" * (4 * SLACK)
 
 
 # ------------------------------------------------------------------------------------------------------- chance
@@ -180,8 +189,11 @@ def safetensors_file(chance, sound):
         if kind == "drop":
             header.pop(name, None)
         elif kind == "field" and isinstance(header.get(name), dict):
-            fields = {"dtype": chance.choice(DTYPES), "shape": chance.many(chance.whole, 5),
-                      "data_offsets": chance.anything()}  # fmt: skip
+            fields = {
+                "dtype": chance.choice(DTYPES),
+                "shape": chance.many(chance.whole, 5),
+                "data_offsets": chance.anything(),
+            }
             field = chance.choice(sorted(fields))
             header[name] = header[name] | {field: fields[field]}
         else:
@@ -223,16 +235,18 @@ def test_the_fuzzed_file_is_sound(file):
         _, tensors, _ = files.open_vae(file)
         weights.check({}, tensors, "here")
     assert set(files.open_single_file(file, ema=True).tensors["unet"]) == {
-        "conv_in.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"}  # fmt: skip
+        "conv_in.weight",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    }
 
 
-@fuzzed(10_000)
-@given(number=NUMBER)
-def test_safetensors(file, number):
-    data = safetensors_file(Chance(number), FILE)
-    file.write_bytes(data)
-    with bounded_memory(len(data)):
-        load_all(file)
+def test_safetensors(file):
+    for number in numbers(10_000):
+        with input_of(number) as chance:
+            data = safetensors_file(chance, FILE)
+            file.write_bytes(data)
+            with bounded_memory(len(data)):
+                load_all(file)
 
 
 def test_large_files(file):
@@ -254,27 +268,36 @@ def test_large_files(file):
 # ------------------------------------------------------------------------------------------------------- configs
 
 
-@fuzzed(2_000)
-@given(number=NUMBER)
-def test_configs(file, number):
-    """A config that is read makes a network without storage."""
-    chance = Chance(number)
+def config_file(chance):
+    """A part, and a mutation of its config."""
     part = chance.choice(("unet", "vae", "text_encoder", "scheduler"))
     own = TINY / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     fields = json.loads(own.read_text())
     width = lambda: chance.choice((32, 64, 2**16)) if chance.one_in(3) else chance.whole()
+    draws = (
+        chance.whole,
+        chance.anything,
+        lambda: chance.many(width, 9),
+        lambda: chance.choice((100, 1000, 2**16, 10**6)),
+        lambda: chance.choice(chance.FLOATS),
+    )
     for name in chance.sample(sorted(fields), chance.randint(1, 3)):
-        fields[name] = chance.choice((chance.whole, lambda: chance.many(width, 9), chance.anything,
-                                      lambda: chance.choice((100, 1000, 2**16, 10**6)),
-                                      lambda: chance.choice(chance.FLOATS)))()  # fmt: skip
-    path = file.with_name("config.json")
+        fields[name] = chance.choice(draws)()
     text = json.dumps(fields).encode()
-    path.write_bytes(chance.damaged(text) if chance.one_in(2) else text)
-    with contextlib.suppress(CheckpointError):
-        config = files.read_config(path, part)
-        if part == "scheduler":
-            Schedule(config, 1)
-        else:
+    return part, chance.damaged(text) if chance.one_in(2) else text
+
+
+def test_configs(file):
+    """A config that is read makes a network without storage."""
+    path = file.with_name("config.json")
+    for number in numbers(2_000):
+        with input_of(number) as chance, contextlib.suppress(CheckpointError):
+            part, data = config_file(chance)
+            path.write_bytes(data)
+            config = files.read_config(path, part)
+            if part == "scheduler":
+                Schedule(config, 1)
+                continue
             network = weights.build(part, config)
             assert {p.device.type for p in network.parameters()} == {"meta"}
             with pytest.raises(CheckpointError, match="is missing"):
@@ -288,8 +311,21 @@ PARAMETERS = {
     "negative": "", "token_weights": {"tiger": 2.0}, "sampler": "ddim", "eta": 0.0, "seed": 1, "size": [128, 128],
     "dtype": "fp32", "vae_dtype": "fp32", "prediction": "auto", "upcast_attention": "auto", "no_ema": False,
 }  # fmt: skip
-OTHERS = ["layout", "weights", "vae", "noise", "noise_row", "output", "device", "quiet", "again", "count", "debug",
-          "keep_noise", "reweight"]  # fmt: skip
+OTHERS = [
+    "layout",
+    "weights",
+    "vae",
+    "noise",
+    "noise_row",
+    "output",
+    "device",
+    "quiet",
+    "again",
+    "count",
+    "debug",
+    "keep_noise",
+    "reweight",
+]
 
 
 class Reached(Exception):
@@ -309,18 +345,20 @@ def tokens_only(tokenizer, encoder, prompts):
 
 @pytest.fixture(scope="module")
 def again(models):
-    """The command line on a picture, as far as its first step, with a checkpoint that is loaded already."""
+    """The command on a picture, as far as its first step, with a checkpoint that is loaded already."""
     models = with_unet(models, stop)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "load", lambda *_, **__: models)
         patch.setattr(clip, "encode_prompts", tokens_only)
+        patch.setattr(machine, "choose_dtype", functools.cache(machine.choose_dtype))  # computes to see if it can
         patch.setattr(magicmix, "decode", stop)
 
         def run(path):
             error = io.StringIO()
             with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()) as out:
                 try:
-                    code = magicmix.main(["--again", str(path), "-o", str(path.with_name("new.png"))])
+                    asked = {"again": str(path), "output": str(path.with_name("new.png"))}
+                    code = machine.run("magicmix", lambda: magicmix.make(asked))
                 except Reached:
                     code = 0
             # A progress bar may be there, which starts its line again; and the warning of too few steps.
@@ -370,13 +408,14 @@ def test_the_fuzzed_picture_is_sound(again, tmp_path, text):
     assert again(tmp_path / "old.png") == 0
 
 
-@fuzzed(3_000)
-@given(number=NUMBER)
-def test_metadata(again, file, number):
-    path, data = file.with_name("old.png"), picture(Chance(number))
-    path.write_bytes(data)
-    with bounded_memory(len(data)):
-        again(path)
+def test_metadata(again, file):
+    path = file.with_name("old.png")
+    for number in numbers(3_000):
+        with input_of(number) as chance:
+            data = picture(chance)
+            path.write_bytes(data)
+            with bounded_memory(len(data)):
+                again(path)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
@@ -391,14 +430,13 @@ def saved(kind):
     return file.getvalue()
 
 
-@fuzzed(2_000)
-@given(number=NUMBER)
-def test_pictures(file, number):
-    chance, path = Chance(number), file.with_name("layout")
-    path.write_bytes(chance.damaged(saved(chance.choice(pictures.FORMATS))))
-    with contextlib.suppress(ValueError):
-        layout = pictures.open_layout(path)
-        assert pictures.fit(layout.picture, (16, 24)).isfinite().all()
+def test_pictures(file):
+    path = file.with_name("layout")
+    for number in numbers(2_000):
+        with input_of(number) as chance, contextlib.suppress(ValueError):
+            path.write_bytes(chance.damaged(saved(chance.choice(pictures.FORMATS))))
+            layout = pictures.open_layout(path)
+            assert pictures.fit(layout.picture, (16, 24)).isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------------------- noise
@@ -427,13 +465,13 @@ def npy_file(chance):
 
 
 @pytest.mark.parametrize("suffix", noise.SUFFIXES)
-@fuzzed(1_000)
-@given(number=NUMBER)
-def test_noise(file, suffix, number):
-    chance, path = Chance(number), file.with_name(f"eps{suffix}")
-    data = npy_file(chance) if suffix == ".npy" else safetensors_file(chance, save({"eps": torch.from_numpy(EPS)}))
-    path.write_bytes(data)
-    with contextlib.suppress(ValueError), bounded_memory(len(data)):
-        found = noise.read(path)
-        assert found.eps.dtype == torch.float32 and found.eps.ndim == 4 and found.eps.isfinite().all()
-        assert found.rows(0, (1, *found.eps.shape[1:])).shape == (1, *found.eps.shape[1:])
+def test_noise(file, suffix):
+    path, sound = file.with_name(f"eps{suffix}"), save({"eps": torch.from_numpy(EPS)})
+    for number in numbers(1_000):
+        with input_of(number) as chance, contextlib.suppress(ValueError):
+            data = npy_file(chance) if suffix == ".npy" else safetensors_file(chance, sound)
+            path.write_bytes(data)
+            with bounded_memory(len(data)):
+                found = noise.read(path)
+            assert found.eps.dtype == torch.float32 and found.eps.ndim == 4 and found.eps.isfinite().all()
+            assert found.rows(0, (1, *found.eps.shape[1:])).shape == (1, *found.eps.shape[1:])

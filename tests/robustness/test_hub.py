@@ -14,9 +14,12 @@ from safetensors.torch import load, save
 
 REPOSITORY, COMMIT = "someone/tiny-mix", "0123456789abcdef0123456789abcdef01234567"
 EARLIER = "fedcba9876543210fedcba9876543210fedcba98"  # the commit of the revision v1, which has other options
-EXTRA = {"README.md": b"a model card", "unet/diffusion_pytorch_model.bin": b"a pickle",
-         "safety_checker/config.json": b"{}",
-         "vae/diffusion_pytorch_model.fp16.safetensors": b"another precision"}  # fmt: skip
+EXTRA = {
+    "README.md": b"a model card",
+    "unet/diffusion_pytorch_model.bin": b"a pickle",
+    "safety_checker/config.json": b"{}",
+    "vae/diffusion_pytorch_model.fp16.safetensors": b"another precision",
+}
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -83,7 +83,7 @@ def test_a_signal_at_any_moment(number, expected, tmp_path):
 
 def signalled_where_exceptions_are_lost(number, where):
     """A process that gets a signal in the midst of a library's code and goes on for a while."""
-    machine.exit_on_signals()
+    machine.end_on_signals()
 
     class Last:
         def __del__(self):
@@ -106,6 +106,30 @@ def test_a_signal_where_exceptions_are_lost(number, expected, where):
     process.start()
     process.join(60)
     assert process.exitcode == expected
+
+
+def signalled_in_the_middle(number, path):
+    """A process that gets a signal when half of a file is written."""
+    machine.end_on_signals()
+
+    def write(file):
+        file.write(b"half of it")
+        file.flush()
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+
+    pictures.replace(path, "output", write)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("number", "expected"), SIGNALS)
+def test_a_signal_in_the_middle_of_a_file(number, expected, tmp_path):
+    (tmp_path / "mix.png").write_bytes(b"old")
+    process = forks().Process(target=signalled_in_the_middle, args=(number, tmp_path / "mix.png"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == expected and (tmp_path / "mix.png").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["mix.png"], "half a file was left behind"
 
 
 @LINUX
