@@ -42,17 +42,21 @@ class CLIPTextConfig:
 
 
 class CLIPEmbeddings(nn.Module):
+    """input_ids (B, L) -> (B, L, D): each token's embedding and its position's."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
+    def forward(self, input_ids: Tensor) -> Tensor:
         # Positions are 0..L-1 by definition; a position_ids tensor in a file is never read (merges corrupt it).
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
 
 
 class CLIPAttention(nn.Module):
+    """(B, L, D) -> (B, L, D): causal self-attention."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.heads = config.num_attention_heads
@@ -67,6 +71,8 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
+    """(B, L, D) -> (B, L, D) through intermediate_size units."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
@@ -78,6 +84,8 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
+    """(B, L, D) -> (B, L, D): attention and MLP, each normalised before and added after."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -91,6 +99,8 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPTextTransformer(nn.Module):
+    """input_ids (B, L) -> states (B, L, D) after the final norm."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.embeddings = CLIPEmbeddings(config)

@@ -9,7 +9,7 @@ k_max, k_min and nu set how much of the layout stays.
 from command import machine
 
 if __name__ == "__main__":
-    machine.end_on_signals()  # before the imports, which take a second
+    machine.end_on_signals()  # before torch's import, which Ctrl-C would abort with a traceback
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,10 +40,10 @@ class Step(NamedTuple):
 
     phase: str  # "layout" (along the layout prompt), "mixing" (k >= K_min) or "content" (k < K_min)
     k: int  # sampler steps that are left now
-    x: Tensor  # x_k, after the interpolation
-    x_content: Tensor  # x'_k, before it
+    x: Tensor  # x_k, after the interpolation; in phase "layout" it is layout_k
+    x_content: Tensor  # x'_k, before the interpolation; x where there is none
     layout: Tensor | None  # layout_k while mixing, else None
-    x0: Tensor  # the clean latent that the UNet's prediction at k + 1 meant
+    x0: Tensor  # the clean latent as predicted at step k + 1
 
 
 def mix(denoise: Callable, layout: Callable, K_max: int, K_min: int, nu: float) -> Iterator[Step]:
@@ -90,10 +90,10 @@ class ImageLayout:
 class TextLayout:
     """k -> layout_k of a prompt: the latents of its own trajectory, from x_T = eps on."""
 
-    states: dict[int, Tensor]
+    latents: dict[int, Tensor]
 
     def __call__(self, k: int) -> Tensor:
-        return self.states[k]
+        return self.latents[k]
 
 
 @dataclass
@@ -119,7 +119,9 @@ class Denoiser:
         self.token_weights = None
         if self.words:
             s = clip.token_weights(models.tokenizer, self.prompt, self.words)  # (L,)
-            self.token_weights = torch.stack([torch.ones_like(s), s]).to(models.device)  # (2, L): of the prompt alone
+            self.token_weights = torch.stack([torch.ones_like(s), s]).to(
+                models.device
+            )  # (2, L): 1 for the negative prompt
 
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         count, o = len(x), self.options
@@ -175,20 +177,21 @@ def magicmix(
     noise: Draw | None = None,
     **given,
 ) -> Iterator[Step]:
-    """Mixes the content of a prompt into a layout: a generator of Steps, the last of which has k = 0.
+    """Mixes the content of a prompt into a layout: a generator of Steps, the last of which has k = 0. A picture with
+    K_max = 0 gives no Step: the result is its own latent.
 
     Args:
         models: from weights.load.
         prompt: the content.
         layout: pictures (1 or B, 3, f H, f W) in [-1, 1], f the VAE's factor, on the models' device; or a prompt.
         seeds: one per picture; B = len(seeds) pictures are made in one batch.
-        noise: in place of seeds: what draws the noise, eps first.
+        noise: in place of seeds: what draws the noise, eps first; float32 on the models' device.
         given: the options of the mixing, as command.options.Options has them: k_max, k_min, nu, steps, guidance,
             negative, token_weights, sampler, eta, and size = (height, width) in pixels for a layout prompt. What is not
             given is the checkpoint's own default, or else the general one.
 
-    Raises, when a step is asked for, ValueError for a value that cannot be right, CheckpointError (a ValueError) for
-    weights with NaN or Inf, and FloatingPointError for numbers that overflow.
+    Raises, when a step is asked for, TypeError for an unknown option, ValueError for a value that cannot be right,
+    CheckpointError (a ValueError) for weights with NaN or Inf, and FloatingPointError for numbers that overflow.
     """
     o = options.of_mix(models.defaults, given)
     schedule = Schedule(models.schedule, o.steps)
@@ -198,15 +201,16 @@ def magicmix(
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     if isinstance(layout, Tensor):
+        pictures.check(layout)
         x0 = noise_files.matched(models.vae.encode(layout), eps)  # (B, 4, H, W)
         yield from mix(content, ImageLayout(schedule, x0, eps), K_max, K_min, o.nu)
     else:
         schedule.warn_if_not_noise()
-        along, states = Denoiser(models, schedule, o, noise, layout), {o.steps: eps}
+        along, latents = Denoiser(models, schedule, o, noise, layout), {o.steps: eps}  # without token weights
         for step in trajectory(along, eps, o.steps, K_min, "layout"):
-            states[step.k] = step.x
+            latents[step.k] = step.x
             yield step
-        yield from mix(content, TextLayout(states), K_max, K_min, o.nu)
+        yield from mix(content, TextLayout(latents), K_max, K_min, o.nu)
 
 
 @torch.no_grad()
@@ -245,7 +249,7 @@ def make(asked: dict) -> None:
     o = options.of_mix(models.defaults, r.mixing())
     noise = r.noise_of(Noise(r.seeds, models.latent_size(o.size), models.device))
     layout = pictures.fit(r.layout.picture, o.size).to(models.device) if r.layout else r["layout_prompt"]
-    clip.token_weights(models.tokenizer, r["prompt"], o.token_weights or {})  # a wrong word shows before the first step
+    clip.token_weights(models.tokenizer, r["prompt"], o.token_weights or {})  # a wrong word shows before the bar
     r.tell(*pictures.changes(r.layout, o.size))
     for name in ("prompt", "layout_prompt", "negative"):
         if unread := clip.cut_off(models.tokenizer, r[name] or ""):

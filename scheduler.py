@@ -68,7 +68,7 @@ class Schedule:
         self.t = [0] + [i * stride + config.steps_offset for i in range(steps)]
         if stride < 1 or self.t[-1] >= config.num_train_timesteps:
             largest = config.num_train_timesteps - config.steps_offset
-            raise ValueError(f"steps {steps} is out of range; use 1 to {largest}")
+            raise ValueError(f"steps {steps} is out of range; use 1 to {largest}, with t[T] below the last timestep")
         start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
         if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta); the original code calls this "linear"
             betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32) ** 2
@@ -81,9 +81,8 @@ class Schedule:
         return self.alphas_cumprod[self.t[k]]
 
     def warn_if_not_noise(self) -> None:
-        """Warns (UserWarning) when x_T, which denoising from noise takes to be eps alone, should still hold more than
-        0.15 of a picture. sqrt(abar_T) is 0.076 at T = 50; it is 0.52 at T = 501, where leading spacing ends at
-        t[T] = 501, and 1.0 at T = 1."""
+        """Warns (UserWarning) when sqrt(abar_T) is above 0.15: starting from eps alone leaves out that share of x0. It
+        is 0.076 at T = 50; 0.52 at T = 501, where leading spacing ends at t[T] = 501; and 1.0 at T = 1."""
         kept = self.abar(self.T).item() ** 0.5
         if kept > 0.15:
             warnings.warn(

@@ -185,7 +185,7 @@ class DownBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, context: Tensor, token_weights: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The result, and every state on the way as a skip."""
+        """-> (B, C, H, W) or half of that size, and every feature map on the way, for the skips."""
         skips = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(x, time), context, token_weights)
@@ -277,8 +277,8 @@ class UNet2DConditionModel(nn.Module):
         """One prediction.
 
         Args:
-            x: noisy latents (B, C, H, W), any H and W.
-            t: timesteps (B,), integers in 0 .. 999.
+            x: noisy latents (B, C, H, W), any H and W; like the context in the weights' dtype.
+            t: timesteps (B,), integers from 0 to below num_train_timesteps.
             context: text states (B, L, cross_attention_dim).
             token_weights: (B, L), the weight of each token's column in every cross-attention map; None for all 1.
 

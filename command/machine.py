@@ -23,6 +23,7 @@ def end_on_signals() -> None:
 
 
 def end(number: int, _) -> None:
+    """Clears away what is half written and ends the process."""
     for path in list(TEMPORARY):
         path.unlink(missing_ok=True)
     os._exit(128 + number)

@@ -1,7 +1,7 @@
 """Noise in files: eps (B, 4, H, W), float32, as a .npy file or as the tensor "eps" of a .safetensors file.
 
 B pictures, 4 latent channels, latent height and width (an eighth of the picture's for Stable Diffusion). The values are
-standard normal. So a port can be given the very noise that was used here, and the other way round.
+standard normal. So another implementation can be given the very noise that was used here, and the other way round.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class NoiseFile(NamedTuple):
 
 
 def read(path: str | Path) -> NoiseFile:
-    """Raises FileNotFoundError or ValueError."""
+    """The noise in a file. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     must_be_file(path, "noise", "give a .npy or .safetensors file")
     check_suffix(path)
@@ -69,9 +69,9 @@ class Known:
 
 
 def checked(eps: Tensor) -> Tensor:
-    """A draw as it is. Raises ValueError unless it is (B, 4, H, W)."""
+    """The first draw as it is. Raises ValueError unless it is (B, 4, H, W)."""
     if eps.ndim != 4 or eps.shape[1] != 4 or not eps.numel():
-        raise ValueError(f"noise has shape {tuple(eps.shape)}; each draw must be (B, 4, H, W)")
+        raise ValueError(f"noise has shape {tuple(eps.shape)}; the first draw must be (B, 4, H, W)")
     return eps
 
 
@@ -90,7 +90,7 @@ def check_target(path: str | Path) -> None:
 
 
 def write(path: str | Path, eps: Tensor) -> None:
-    """Raises OSError."""
+    """Writes eps (B, 4, H, W), in the format that the name ends in. Raises OSError."""
     eps = eps.cpu().contiguous()
     if Path(path).suffix == ".npy":
         replace(Path(path), "noise", lambda file: np.save(file, eps.numpy()))
@@ -99,5 +99,6 @@ def write(path: str | Path, eps: Tensor) -> None:
 
 
 def check_suffix(path: Path) -> None:
+    """Raises ValueError for a name of another kind of file."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"noise {str(path)!r} is of no kind that is read; let its name end in {' or '.join(SUFFIXES)}")

@@ -3,9 +3,9 @@
 The command line, the keywords of the Python functions, the parameters in a picture and a checkpoint's magicmix.json
 are all read from `Options`. Where an option may be set is its scope:
 
-    MIXING    how is mixed: on the command line, in Python, in a picture's parameters, in magicmix.json
-    PICTURE   what is mixed: on the command line and in a picture's parameters
-    RUN       where to write and to compute: on the command line alone
+    MIXING    how to mix: on the command line, in Python, in a picture's parameters, in magicmix.json
+    PICTURE   what else a picture depends on: on the command line and in a picture's parameters
+    RUN       what no picture records: on the command line alone
 """
 
 import argparse
@@ -28,6 +28,8 @@ FINITE = 1.7976931348623157e308  # the largest float
 
 @dataclass(frozen=True)
 class Number:
+    """A number from low to high."""
+
     low: float
     high: float
     whole: bool = False
@@ -49,6 +51,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Text:
+    """Unicode text."""
+
     def parse(self, text: str) -> str:
         return text
 
@@ -61,6 +65,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Choice:
+    """One of a few words."""
+
     values: tuple[str, ...]
 
     def parse(self, text: str) -> str:
@@ -85,6 +91,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Flag:
+    """True or false; on the command line, true where it stands."""
+
     def check(self, value: object) -> None:
         if type(value) is not bool:
             raise ValueError(f"{value!r} is neither true nor false")
@@ -181,7 +189,7 @@ class Options:
     k_min: float = option(
         0.3, Number(0, 1), "K_min / T, where mixing stops: the smaller, the more of the layout stays")
     nu: float = option(
-        0.9, Number(0, 1), "nu, the content's share in each mixture; 1 is plain image-to-image")
+        0.9, Number(0, 1), "nu, the content's share in each mixture; 1 mixes nothing in")
     token_weights: dict[str, float] | None = option(
         None, TokenWeights(), "multiply the cross-attention to a word of the prompt by its token weight s; 0 or less "
         "removes it; repeatable", metavar="WORD=S", unset="1 for all words", flags=("--token-weight", "--reweight"),
@@ -237,11 +245,12 @@ class Options:
 
     @property
     def K_max(self) -> int:
-        """Steps, from the fraction k_max. Halves go to the even neighbour, as Python rounds; so for K_min."""
+        """k_max in steps, 0 .. T. Halves go to the even neighbour, as Python rounds."""
         return round(self.k_max * self.steps)
 
     @property
     def K_min(self) -> int:
+        """k_min in steps, 0 .. K_max, rounded likewise."""
         return round(self.k_min * self.steps)
 
     def only(self, scope: str) -> dict:

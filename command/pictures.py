@@ -93,6 +93,13 @@ def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
         yield f"layout: resized and centre-cropped from {before} to {after}"
 
 
+def check(layout: Tensor) -> None:
+    """Raises ValueError unless a layout is pictures (B, 3, height, width) of floating-point numbers."""
+    if layout.ndim != 4 or layout.shape[1] != 3 or not layout.is_floating_point():
+        kind = f"{tuple(layout.shape)} of {layout.dtype}"
+        raise ValueError(f"layout is {kind}; give (1 or B, 3, height, width) of float32 in [-1, 1], as fit() makes it")
+
+
 def to_images(y: Tensor) -> list[Image.Image]:
     """Pictures (B, 3, H, W) in [-1, 1] as images of 8 bits: clipped, then rounded to the nearest grey level."""
     pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()
@@ -132,7 +139,7 @@ def replace(path: Path, what: str, write) -> None:
 
     Args:
         path: of the file.
-        what: it is, in an error message.
+        what: the word for the file in an error message.
         write: called with the open binary file.
 
     Raises OSError.

@@ -53,7 +53,7 @@ class Request:
 
     def noise_of(self, drawn: Callable[[], Tensor]) -> noise.Known:
         """The noise of the pictures: eps from the file where one is given, otherwise, and for samplers that need more,
-        as it is drawn from the seeds. Raises ValueError for a file that has not the rows."""
+        as it is drawn from the seeds. Raises ValueError for a file with too few rows."""
         eps = drawn()  # (B, 4, H, W), drawn in any case, so that the later draws are the same
         if self.noise:
             eps = self.noise.rows(self["noise_row"], eps.shape).to(eps.device)

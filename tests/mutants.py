@@ -32,7 +32,7 @@ MUTANTS = [
     ("magicmix.py", "x = nu * x_content + (1 - nu) * layout_k\n", "mixed = nu * x_content + (1 - nu) * layout_k; x = x_content\n"),
     ("magicmix.py", "for k in range(K_max, 0, -1):", "for k in range(K_max, 1, -1):"),
     ("magicmix.py", "for k in range(k_from, k_to, -1):", "for k in range(k_from, k_to - 1, -1):"),
-    ("magicmix.py", "states[step.k] = step.x", "states[step.k] = step.x0"),
+    ("magicmix.py", "latents[step.k] = step.x", "latents[step.k] = step.x0"),
     ("magicmix.py", 'eps, o.steps, K_min, "layout")', 'eps, o.steps, 0, "layout")'),
     ("magicmix.py", "e_uncond, e_cond = self.models", "e_cond, e_uncond = self.models"),
     ("magicmix.py", "e = e_uncond + o.guidance * (e_cond - e_uncond)", "e = e_cond + o.guidance * (e_cond - e_uncond)"),

@@ -1,8 +1,8 @@
 """Every norm and every kind of block against diffusers and transformers, on natural inputs and on quiet ones.
 
-A wrong eps moves the output of a whole network by less than its rounding (1e-5) on natural inputs. On the same inputs
-times 0.01 it moves a single norm by 1e-2 and more. So each norm is fed directly. Inputs are not square and come in
-batches of 2.
+On natural inputs a wrong eps moves the output of a whole network by about 1e-5, which is near the bound there. On the
+same inputs times 0.01 it moves a single norm by 1e-2 and more. So each norm is fed directly. Inputs are not square and
+come in batches of 2.
 """
 
 import diffusers

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 import magicmix
+import weights
 from command import noise
 from command.pictures import fit, open_layout
 
@@ -23,9 +24,17 @@ LAYOUTS = {"picture": ["--layout", LAYOUT], "prompt": ["--layout-prompt", "a car
 SAMPLERS = {"ddim": [], "ddpm": ["--sampler", "ddpm"], "eta 1": ["--eta", "1"]}
 
 
-def made(*arguments, cwd, output="mix.png"):
-    done = run("a tiger", *arguments, *FAST, "-o", output, cwd=cwd)
-    assert (done.code, done.out, done.err) == (0, "", "")
+@pytest.fixture
+def mix(models, tmp_path, monkeypatch, capfd):
+    """The command in this process and in the test's folder, with a checkpoint that is loaded already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "load", lambda **_: models)
+
+    def mix(*arguments, output="mix.png"):
+        assert magicmix.main(["a tiger", *map(str, arguments), *FAST, "-o", output]) == 0
+        assert capfd.readouterr() == ("", "")
+
+    return mix
 
 
 def pixels(path):
@@ -57,27 +66,35 @@ def read(path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_kept_noise_given_again_makes_the_same_picture(sampler, layout, tmp_path):
+def test_a_kept_noise_given_again_makes_the_same_picture(sampler, layout, tmp_path, mix):
     """From a file of either kind; samplers that need more noise draw on as they do without a file."""
     shared = [*LAYOUTS[layout], *SAMPLERS[sampler], "--seed", "5"]
-    made(*shared, cwd=tmp_path)
+    mix(*shared)
     drawn = magicmix.Noise([5], SHAPE[1:], torch.device("cpu"))()
     for suffix in SUFFIXES:
-        made(*shared, "--keep-noise", f"eps.{suffix}", cwd=tmp_path, output="kept.png")
+        mix(*shared, "--keep-noise", f"eps.{suffix}", output="kept.png")
         assert (tmp_path / "kept.png").read_bytes() == (tmp_path / "mix.png").read_bytes(), "keeping changes nothing"
         assert torch.equal(read(tmp_path / f"eps.{suffix}"), drawn)
-        made(*shared, "--noise", f"eps.{suffix}", cwd=tmp_path, output="given.png")
+        mix(*shared, "--noise", f"eps.{suffix}", output="given.png")
         assert np.array_equal(pixels(tmp_path / "given.png"), pixels(tmp_path / "mix.png"))
     another = ["--noise", written(tmp_path / "another.npy", gaussian(seed=1))]
-    made(*shared, *another, cwd=tmp_path, output="another.png")
+    mix(*shared, *another, output="another.png")
     assert abs(pixels(tmp_path / "another.png") - pixels(tmp_path / "mix.png")).max() > 10, "eps makes the difference"
 
 
-def test_the_seed_draws_what_a_sampler_needs_besides(tmp_path):
+def test_the_real_command_keeps_and_takes_noise(tmp_path):
+    shared = ["a tiger", *LAYOUTS["prompt"], *FAST]
+    assert run(*shared, "--keep-noise", "eps.npy", cwd=tmp_path) == (0, "", "")
+    assert run(*shared, "--noise", "eps.npy", "--keep-noise", "eps.safetensors", "-o", "b.png", cwd=tmp_path).code == 0
+    assert torch.equal(read(tmp_path / "eps.npy"), read(tmp_path / "eps.safetensors"))
+    assert np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "mix.png"))
+
+
+def test_the_seed_draws_what_a_sampler_needs_besides(tmp_path, mix):
     eps = ["--noise", written(tmp_path / "eps.npy", gaussian())]
     for sampler, differ in (("ddim", False), ("ddpm", True), ("eta 1", True)):
         for seed in ("1", "2"):
-            made(*LAYOUTS["picture"], *SAMPLERS[sampler], *eps, "--seed", seed, cwd=tmp_path, output=f"{seed}.png")
+            mix(*LAYOUTS["picture"], *SAMPLERS[sampler], *eps, "--seed", seed, output=f"{seed}.png")
         assert np.array_equal(pixels(tmp_path / "1.png"), pixels(tmp_path / "2.png")) != differ
 
 
@@ -95,32 +112,32 @@ def test_a_file_may_hold_other_numbers(dtype, tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_of_a_batch_is_made_again(sampler, suffix, tmp_path):
+def test_a_picture_of_a_batch_is_made_again(sampler, suffix, tmp_path, mix, capfd):
     """Alone, from its row of the file, which it carries."""
     written(tmp_path / f"eps.{suffix}", gaussian(4))
     shared = [*LAYOUTS["prompt"], *SAMPLERS[sampler], "--noise", f"eps.{suffix}"]
-    made(*shared, "--noise-row", "1", "--seed", "7", "--count", "3", cwd=tmp_path)
+    mix(*shared, "--noise-row", "1", "--seed", "7", "--count", "3")
     for row, name in ((1, "mix-7.png"), (3, "mix-9.png")):
         assert parameters(tmp_path / name)["noise_row"] == row and parameters(tmp_path / name)["seed"] == 6 + row
-        again = run("--again", name, "-o", "again.png", "--quiet", cwd=tmp_path)
-        assert (again.code, again.out, again.err) == (0, f"noise: eps.{suffix}\n", "")
+        assert magicmix.main(["--again", name, "-o", "again.png", "--quiet"]) == 0
+        assert capfd.readouterr() == (f"noise: eps.{suffix}\n", "")
         assert abs(pixels(tmp_path / "again.png") - pixels(tmp_path / name)).max() <= 1, "alone or in a batch"
-        made(*shared, "--noise-row", row, "--seed", 6 + row, cwd=tmp_path, output="single.png")
+        mix(*shared, "--noise-row", row, "--seed", 6 + row, output="single.png")
         assert (tmp_path / "again.png").read_bytes() == (tmp_path / "single.png").read_bytes()
     assert abs(pixels(tmp_path / "mix-7.png") - pixels(tmp_path / "mix-8.png")).max() > 10
 
 
-def test_the_noise_of_a_batch_is_kept_row_by_row(tmp_path):
-    made(*LAYOUTS["prompt"], "--seed", "7", "--count", "3", "--keep-noise", "eps.npy", cwd=tmp_path)
+def test_the_noise_of_a_batch_is_kept_row_by_row(tmp_path, mix):
+    mix(*LAYOUTS["prompt"], "--seed", "7", "--count", "3", "--keep-noise", "eps.npy")
     eps = read(tmp_path / "eps.npy")
     assert torch.equal(eps, magicmix.Noise([7, 8, 9], SHAPE[1:], torch.device("cpu"))())
-    made(*LAYOUTS["prompt"], "--noise", "eps.npy", "--noise-row", "1", "--keep-noise", "eps.npy", cwd=tmp_path)
+    mix(*LAYOUTS["prompt"], "--noise", "eps.npy", "--noise-row", "1", "--keep-noise", "eps.npy")
     assert torch.equal(read(tmp_path / "eps.npy"), eps[1:2]), "what was used, also over the file that it came from"
 
 
-def test_a_changed_noise_is_noticed(tmp_path):
+def test_a_changed_noise_is_noticed(tmp_path, mix):
     written(tmp_path / "eps.npy", gaussian())
-    made(*LAYOUTS["picture"], "--noise", "eps.npy", cwd=tmp_path, output="one.png")
+    mix(*LAYOUTS["picture"], "--noise", "eps.npy", output="one.png")
     written(tmp_path / "eps.npy", gaussian(seed=1))
     message = "noise 'eps.npy' has changed; give the file to use with --noise"
     refused("--again", "one.png", cwd=tmp_path, message=message)
@@ -245,7 +262,7 @@ def test_noise_that_is_no_file(tmp_path):
         noise.read(tmp_path / "gone.npy")
 
 
-def test_rows_beyond_the_end(tmp_path):
+def test_rows_beyond_the_end(tmp_path, mix):
     written(tmp_path / "eps.npy", gaussian(2))
     shared = ["a tiger", *LAYOUTS["prompt"], *FAST, "--noise", "eps.npy"]
     for options, first, count in (
@@ -257,7 +274,7 @@ def test_rows_beyond_the_end(tmp_path):
         message = f"noise has shape (2, 4, 6, 8); ({count}, 4, 6, 8) from row {first} on are needed"
         refused(*shared, *options, cwd=tmp_path, message=message)
     refused(*shared, "--noise-row", "-1", cwd=tmp_path, message="noise_row -1 is out of range; use 0 or more")
-    made(*LAYOUTS["prompt"], "--noise", "eps.npy", "--noise-row", "1", cwd=tmp_path)
+    mix(*LAYOUTS["prompt"], "--noise", "eps.npy", "--noise-row", "1")
 
 
 def test_a_row_beyond_the_end_in_a_picture(tmp_path):
@@ -378,5 +395,5 @@ def test_layouts_and_noise_of_different_numbers(models):
         magicmix.magicmix(models, "a tiger", torch.zeros(layouts, 3, 48, 64), noise=lambda: gaussian(count), steps=8)
     )
     assert mix(1, 3).x.shape == mix(3, 3).x.shape == (3, *SHAPE)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="noise"):
         mix(3, 2)

@@ -184,8 +184,8 @@ def of_seeds(done, tmp_path, count):
 
 GIVEN = [
     {},
-    {"token_weights": {"tiger": 2.0, "a": -1.0}, "negative": "a dog", "guidance": 6.0},
-    {"k_max": 1.0, "k_min": 0.5, "nu": 0.25, "eta": 1.0},
+    {"token_weights": {"tiger": 2.0, "a": -1.0}, "negative": "a dog", "guidance": 6.0, "size": (64, 64)},
+    {"k_max": 1.0, "k_min": 0.5, "nu": 0.25, "eta": 1.0, "size": (64, 64)},
     {"sampler": "ddpm", "size": (64, 48)},
 ]
 

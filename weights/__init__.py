@@ -225,9 +225,10 @@ def load(
         upcast_attention: attention in float32; None follows the config.
         vae_dtype: of the VAE; float16 overflows in some public models.
         free_after_use: give the memory of the text encoder and the VAE back after each use, where they lie mapped in
-            files of their own. For who does not write into their weights.
+            files of their own. Do not change the weights in place with this on.
 
-    Raises CheckpointError (a ValueError) when anything is missing, unknown, does not fit or, of the VAE, is not finite.
+    Raises CheckpointError (a ValueError) when anything is missing, unknown or does not fit, or when the VAE or the
+    first values of another tensor are not finite; and ValueError for another prediction than these.
     """
     device = torch.device(device)
     opened = open_source(source, dtype != torch.float32, ema)

@@ -128,7 +128,7 @@ def openclip_text(name: str, tensor: Tensor) -> Pairs:
     return [(f"{layer}.self_attn.{part}.{m[2]}", part_rows) for part, part_rows in rows]
 
 
-# Prefix -> part and name map, the longest first.
+# Prefix -> part and name map; no prefix begins another.
 SINGLE_FILE: dict[str, tuple[str, Callable[[str, Tensor], Pairs]]] = {
     "model.diffusion_model.": ("unet", original_unet),
     "first_stage_model.": ("vae", original_vae),

@@ -17,7 +17,7 @@ from command import machine, pictures
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="waits for handlers as Linux shows them")
-MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "20", "--size", "64")
+MIX = ("a tiger", "--layout-prompt", "a car", "--steps", "10", "--size", "64")
 KILLS = 50
 
 
