@@ -255,7 +255,8 @@ def test_large_files(file):
     for count, length in ((4_000, 300), (4_001, 300), (100_000, 30), (1_000_000, 5), (1, 4 << 20), (1, 90 << 20)):
         data = packed({f"{i:0{length}}": entry for i in range(count)}, b"")
         file.write_bytes(data)
-        with bounded_memory(len(data)):
+        objects = 2_000 * count if count <= 4_000 else 0  # a tensor takes so much, even one without values
+        with bounded_memory(len(data) + objects // 2):
             load_all(file)
     with file.open("wb") as sparse:
         entry |= {"shape": [1 << 33], "data_offsets": [0, 1 << 35]}
