@@ -38,7 +38,7 @@ def read(path: str | Path) -> NoiseFile:
     must_be_file(path, "noise", "give a .npy or .safetensors file")
     check_suffix(path)
     try:
-        eps = read_npy(path) if path.suffix == ".npy" else load_file(path)["eps"].float()
+        eps = read_npy(path) if path.suffix == ".npy" else read_safetensors(path)
         is_finite = bool(eps.isfinite().all())
     except Exception as error:  # whatever the libraries trip over in files that are not what they are called
         raise ValueError(f"noise {str(path)!r} cannot be read: {error}; save an array of (B, 4, H, W)") from error
@@ -50,11 +50,19 @@ def read(path: str | Path) -> NoiseFile:
 
 def read_npy(path: Path) -> Tensor:
     """A .npy file's numbers in float32. It is mapped, so that its shape is held against its size before it is read."""
-    array = np.lib.format.open_memmap(path, mode="r")
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"it holds {array.dtype}")
-    with np.errstate(over="ignore"):  # too large for float32: Inf, which is refused
+    with np.errstate(all="ignore"):  # an absurd shape is refused; a number too large for float32 is Inf, refused too
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {array.dtype}")
         return torch.from_numpy(array.astype(np.float32))
+
+
+def read_safetensors(path: Path) -> Tensor:
+    """The tensor "eps" of a .safetensors file in float32."""
+    eps = load_file(path)["eps"]
+    if eps.is_complex():  # float() would drop the imaginary part
+        raise ValueError(f"it holds {eps.dtype}")
+    return eps.float()
 
 
 class Known:

@@ -162,8 +162,8 @@ def test_what_was_done_to_a_picture_is_said(tmp_path):
 
 
 def test_a_picture_that_fits_is_left_alone_and_nothing_is_said(tmp_path):
-    halves("red", "black").save(tmp_path / "layout.png")
-    code, out, _ = run("a tiger", "--layout", "layout.png", "--size", "64", "--steps", "2", cwd=tmp_path)
+    halves("red", "black", size=(96, 64)).save(tmp_path / "layout.png")
+    code, out, _ = run("a tiger", "--layout", "layout.png", "--size", "96x64", "--steps", "2", cwd=tmp_path)
     assert (code, out) == (0, "mix.png\n")
     code, out, _ = run("--again", "mix.png", cwd=tmp_path)
     assert (code, out) == (0, "layout: layout.png\nmix.png\n")
