@@ -119,9 +119,8 @@ class Denoiser:
         self.token_weights = None
         if self.words:
             s = clip.token_weights(models.tokenizer, self.prompt, self.words)  # (L,)
-            self.token_weights = torch.stack([torch.ones_like(s), s]).to(
-                models.device
-            )  # (2, L): 1 for the negative prompt
+            # (2, L): all 1 for the negative prompt
+            self.token_weights = torch.stack([torch.ones_like(s), s]).to(models.device)
 
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         count, o = len(x), self.options
@@ -196,12 +195,11 @@ def magicmix(
     o = options.of_mix(models.defaults, given)
     schedule = Schedule(models.schedule, o.steps)
     K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
-    size = models.latent_size(layout.shape[2:] if isinstance(layout, Tensor) else o.size)
+    size = models.latent_size(pictures.size_of(layout) if isinstance(layout, Tensor) else o.size)
     noise = noise or Noise(seeds, size, models.device)
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     if isinstance(layout, Tensor):
-        pictures.check(layout)
         x0 = noise_files.matched(models.vae.encode(layout), eps)  # (B, 4, H, W)
         yield from mix(content, ImageLayout(schedule, x0, eps), K_max, K_min, o.nu)
     else:

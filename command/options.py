@@ -23,11 +23,21 @@ FINITE = 1.7976931348623157e308  # the largest float
 
 
 # ------------------------------------------------------------------------------------------------- kinds of values
-# parse: the command line's text -> a value. check: raises ValueError with what is wrong and what would be right.
+
+
+class Kind:
+    """What the values of an option are. Each kind has a check(value), which raises ValueError with what is wrong and
+    what would be right."""
+
+    is_repeated = False  # on the command line, as pairs of a dict
+
+    def parse(self, text: str) -> object:
+        """The command line's text -> a value. Raises ArgumentTypeError."""
+        return text
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Kind):
     """A number from low to high."""
 
     low: float
@@ -50,11 +60,8 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Kind):
     """Unicode text."""
-
-    def parse(self, text: str) -> str:
-        return text
 
     def check(self, value: object) -> None:
         if type(value) is not str:
@@ -64,13 +71,10 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Kind):
     """One of a few words."""
 
     values: tuple[str, ...]
-
-    def parse(self, text: str) -> str:
-        return text
 
     def check(self, value: object) -> None:
         if value not in self.values:
@@ -78,11 +82,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(Kind):
     """A file, a folder or a hub id. A file's name may hold any bytes."""
-
-    def parse(self, text: str) -> str:
-        return text
 
     def check(self, value: object) -> None:
         if not isinstance(value, str | Path) or not str(value):
@@ -90,7 +91,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Flag:
+class Flag(Kind):
     """True or false; on the command line, true where it stands."""
 
     def check(self, value: object) -> None:
@@ -99,7 +100,7 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Kind):
     """(height, width) in pixels, written WIDTHxHEIGHT, or one number for both."""
 
     largest: int
@@ -118,8 +119,10 @@ class Size:
 
 
 @dataclass(frozen=True)
-class TokenWeights:
+class TokenWeights(Kind):
     """word -> s, written WORD=S, once per word."""
+
+    is_repeated = True
 
     def parse(self, text: str) -> tuple[str, float]:
         word, _, s = text.rpartition("=")
@@ -143,7 +146,7 @@ class TokenWeights:
 
 def option(
     default: object,
-    kind: object,
+    kind: Kind,
     help: str,
     scope: str = MIXING,
     *,
@@ -335,11 +338,11 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
         elif isinstance(kind, Flag):
             parser.add_argument(*flags(name), dest=name, action="store_true", help=text)
         else:
-            action = "append" if isinstance(kind, TokenWeights) else "store"
+            action = "append" if kind.is_repeated else "store"
             metavar = "|".join(kind.values) if isinstance(kind, Choice) else facts["metavar"]
             parser.add_argument(*flags(name), dest=name, type=kind.parse, action=action, metavar=metavar, help=text)
     given = vars(parser.parse_args(argv))
-    return given | {name: dict(given[name]) for name in ("token_weights",) if name in given}
+    return {name: dict(value) if FACTS[name]["kind"].is_repeated else value for name, value in given.items()}
 
 
 def flags(name: str) -> tuple[str, ...]:

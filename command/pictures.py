@@ -93,11 +93,13 @@ def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
         yield f"layout: resized and centre-cropped from {before} to {after}"
 
 
-def check(layout: Tensor) -> None:
-    """Raises ValueError unless a layout is pictures (B, 3, height, width) of floating-point numbers."""
+def size_of(layout: Tensor) -> tuple[int, int]:
+    """(height, width) of a layout. Raises ValueError unless it is pictures (B, 3, height, width) of floating-point
+    numbers."""
     if layout.ndim != 4 or layout.shape[1] != 3 or not layout.is_floating_point():
         kind = f"{tuple(layout.shape)} of {layout.dtype}"
         raise ValueError(f"layout is {kind}; give (1 or B, 3, height, width) of float32 in [-1, 1], as fit() makes it")
+    return tuple(layout.shape[2:])
 
 
 def to_images(y: Tensor) -> list[Image.Image]:

@@ -101,12 +101,13 @@ def read(asked: dict) -> Request:
         raise ValueError("the content prompt is missing; give it as the first argument")
     if ("layout" in given) == ("layout_prompt" in given):
         raise ValueError("give one of --layout IMAGE and --layout-prompt TEXT")
-    seed, count = (given.get(name, options.DEFAULTS[name]) for name in ("seed", "count"))
+    o = options.DEFAULTS | given
+    seeds = range(o["seed"], o["seed"] + o["count"])
     request = Request(
         given,
         before,
-        seeds=range(seed, seed + count),
-        paths=pictures.output_paths(given.get("output", options.DEFAULTS["output"]), range(seed, seed + count)),
+        seeds=seeds,
+        paths=pictures.output_paths(o["output"], seeds),
         layout=pictures.open_layout(given["layout"]) if "layout" in given else None,
         noise=noise.read(given["noise"]) if "noise" in given else None,
     )

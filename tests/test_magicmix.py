@@ -293,6 +293,14 @@ def test_layouts_may_come_in_batches(models, layout):
     assert relative_error(both, torch.cat(single)) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)]
+)
+def test_layouts_that_are_no_pictures(models, wrong):
+    with pytest.raises(ValueError, match=r"layout is \(.*\) of torch.*; give \(1 or B, 3, height, width\) of float32"):
+        next(magicmix(models, "a tiger", wrong))
+
+
 def test_inputs_are_not_modified(models, layout):
     kept, words, seeds = layout.clone(), {"tiger": 0.5}, [1, 2]
     last(magicmix(models, "a tiger", layout, steps=5, seeds=seeds, token_weights=words))
