@@ -146,7 +146,8 @@ def token_weights(tokenizer, prompt: str, words: dict[str, float]) -> Tensor:
     """
     length = tokenizer.model_max_length
     ids = tokenizer(prompt, max_length=length, truncation=True).input_ids[1:-1]  # without start and end token
-    ends = [token.endswith("</w>") for token in tokenizer.convert_ids_to_tokens(ids)]
+    added = tokenizer.get_added_vocab()  # those of textual inversions are words, without CLIP's mark of an end
+    ends = [token.endswith("</w>") or token in added for token in tokenizer.convert_ids_to_tokens(ids)]
     begins = [i == 0 or ends[i - 1] for i in range(len(ids))]
     weights = torch.ones(length)
     for word, s in words.items():

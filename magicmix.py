@@ -244,6 +244,7 @@ def make(asked: dict) -> None:
     r = request.read(asked)
     models = weights.load(**r.loading())
     r.check_checkpoint(models.identity)
+    r.tell(*models.notes)
     o = options.of_mix(models.defaults, r.mixing())
     noise = r.noise_of(Noise(r.seeds, models.latent_size(o.size), models.device))
     layout = pictures.fit(r.layout.picture, o.size).to(models.device) if r.layout else r["layout_prompt"]

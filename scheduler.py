@@ -2,8 +2,10 @@
 
 k counts the sampler steps that are left: k = T is where denoising from noise starts, k = 0 is clean. t[k] is the
 timestep at which the UNet is called to go from k to k - 1, and abar_k = alphas_cumprod[t[k]]. Spacing is Stable
-Diffusion's "leading" one. Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, arXiv 2010.02502),
-v prediction (Salimans & Ho 2022, arXiv 2202.00512). Field names are those of the published scheduler_config.json.
+Diffusion's "leading" one; for models of zero terminal SNR it is "trailing", which starts at the last timestep. Sources:
+DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, arXiv 2010.02502), v prediction (Salimans & Ho 2022,
+arXiv 2202.00512), zero terminal SNR (Lin et al. 2023, arXiv 2305.08891). Field names are those of the published
+scheduler_config.json.
 """
 
 import warnings
@@ -11,17 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# Config fields that these samplers fix: another value would mean other numbers, so a loader must refuse it.
-FIXED = {
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "timestep_spacing": "leading",
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +26,8 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None  # one per training timestep, in place of the schedule
+    rescale_betas_zero_snr: bool = False
     steps_offset: int = 1
     prediction_type: str = "epsilon"
 
@@ -49,6 +42,32 @@ class ScheduleConfig:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1")
         if not 0 <= self.steps_offset < self.num_train_timesteps:
             raise ValueError(f"steps_offset {self.steps_offset} must be 0 or more and below {self.num_train_timesteps}")
+        betas, n = self.trained_betas, self.num_train_timesteps
+        if betas is not None and not (len(betas) == n and all(0 < beta < 1 for beta in betas)):
+            raise ValueError(f"trained_betas must be {n} numbers between 0 and 1, one per training timestep")
+        if self.rescale_betas_zero_snr and self.prediction_type != "v_prediction":
+            raise ValueError(f"zero terminal SNR needs v_prediction; {self.prediction_type} would divide by abar_T = 0")
+
+    @property
+    def timestep_spacing(self) -> str:
+        """Leading spacing never reaches the last timestep, where zero terminal SNR is."""
+        return "trailing" if self.rescale_betas_zero_snr else "leading"
+
+
+def alphas_cumprod(config: ScheduleConfig) -> Tensor:
+    """abar at every training timestep: (num_train_timesteps,), float32, falling from about 1. DDPM, equation 4."""
+    start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.trained_betas is not None:
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+    elif config.beta_schedule == "scaled_linear":  # linear in sqrt(beta); the original code calls this "linear"
+        betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32) ** 2
+    else:
+        betas = torch.linspace(start, end, n, dtype=torch.float32)
+    abar = torch.cumprod(1 - betas, dim=0)
+    if config.rescale_betas_zero_snr:  # Lin et al., algorithm 1: shifted so that the last is 0, the first as before
+        root = abar**0.5
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return abar
 
 
 class Schedule:
@@ -56,25 +75,26 @@ class Schedule:
 
     Args:
         config: the checkpoint's schedule.
-        steps: T, at least 1; t[T] must stay below num_train_timesteps, so at most 999 for Stable Diffusion.
+        steps: T, at least 1; t[T] must stay below num_train_timesteps, so at most 999 for Stable Diffusion with leading
+            spacing.
 
     Raises ValueError for a T out of range.
     """
 
     def __init__(self, config: ScheduleConfig, steps: int):
         self.config, self.T = config, steps
-        stride = config.num_train_timesteps // steps if steps > 0 else 0
-        # t[0] is never given to the UNet; it stands for the clean end, where the samplers look up abar(0).
-        self.t = [0] + [i * stride + config.steps_offset for i in range(steps)]
-        if stride < 1 or self.t[-1] >= config.num_train_timesteps:
-            largest = config.num_train_timesteps - config.steps_offset
-            raise ValueError(f"steps {steps} is out of range; use 1 to {largest}, with t[T] below the last timestep")
-        start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
-        if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta); the original code calls this "linear"
-            betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32) ** 2
+        n = config.num_train_timesteps
+        stride = n // steps if steps > 0 else 0
+        if config.timestep_spacing == "trailing":  # halves go to the even neighbour, as in numpy, which diffusers uses
+            called = [round(n * i / steps) - 1 for i in range(1, steps + 1)]
         else:
-            betas = torch.linspace(start, end, n, dtype=torch.float32)
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+            called = [i * stride + config.steps_offset for i in range(steps)]
+        # t[0] is never given to the UNet; it stands for the clean end, where the samplers look up abar(0).
+        self.t = [0, *called]
+        if stride < 1 or self.t[-1] >= n:
+            largest = n if config.timestep_spacing == "trailing" else n - config.steps_offset
+            raise ValueError(f"steps {steps} is out of range; use 1 to {largest}, with t[T] below the last timestep")
+        self.alphas_cumprod = alphas_cumprod(config)
 
     def abar(self, k: int) -> Tensor:
         """abar_k, a float32 scalar; abar_0 is alphas_cumprod[0], not 1 ("set_alpha_to_one": false)."""
@@ -114,7 +134,8 @@ class Schedule:
         abar, abar_prev = self.abar(k), self.abar(k - 1)
         x0, eps = self.predict(x, output, k)
         sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)) ** 0.5
-        x_prev = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * eps
+        # clamp: at abar = 0 and eta = 1 the difference is 0, and rounding may leave it just below.
+        x_prev = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2).clamp(min=0) ** 0.5 * eps
         return (x_prev + sigma * noise if eta > 0 else x_prev), x0
 
     def ddpm(self, x: Tensor, output: Tensor, k: int, noise: Tensor) -> tuple[Tensor, Tensor]:

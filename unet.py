@@ -14,22 +14,6 @@ from torch import Tensor, nn
 
 from attention import Transformer2DModel
 
-# Config fields that this network fixes: another value would mean another network, so a loader must refuse it.
-FIXED = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_time_scale_shift": "default",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:

@@ -15,17 +15,6 @@ from attention import Attention, to_map, to_tokens
 # Every GroupNorm of the VAE has eps 1e-6; the UNet's resnets have 1e-5.
 EPS = 1e-6
 
-# Config fields that this network fixes: another value would mean another network, so a loader must refuse it.
-FIXED = {
-    "act_fn": "silu",
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:

@@ -220,6 +220,8 @@ class Options:
     weights: Path | None = option(
         None, Place(), "a checkpoint: a folder in the diffusers format, a .safetensors file in the original format, or "
         "a hub id, optionally @revision", PICTURE, metavar="SOURCE", unset="the embedded one")
+    unet: Path | None = option(
+        None, Place(), "another UNet, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's")
     vae: Path | None = option(
         None, Place(), "another autoencoder, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's")
     no_ema: bool = option(False, Flag(), "the raw weights, where a file has averaged ones too", PICTURE)

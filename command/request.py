@@ -43,6 +43,7 @@ class Request:
         return source | {
             "device": device,
             "dtype": machine.choose_dtype(self["dtype"], device),
+            "unet": self["unet"],
             "vae": self["vae"],
             "ema": not self["no_ema"],
             "prediction": self["prediction"],

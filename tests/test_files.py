@@ -73,7 +73,7 @@ def without_vae(tmp_path):
 
 
 def test_a_file_without_a_vae_needs_one(without_vae):
-    with pytest.raises(CheckpointError, match=r"holds no VAE; give one \(vae\)"):
+    with pytest.raises(CheckpointError, match=r"holds text encoder and UNet, no VAE; give one \(vae\)"):
         weights.load(without_vae, dtype=torch.float16)
     models = weights.load(without_vae, dtype=torch.float16, vae=TINY / "vae")
     assert models.vae.config.block_out_channels == (32, 64, 96, 96)
@@ -113,28 +113,31 @@ def test_an_autoencoder_of_its_own_on_the_command_line(tmp_path):
 
 def test_the_description_of_a_single_file(tmp_path):
     """In half precision, since every byte is read; the published ones are in float32."""
-    lines = "\n".join(describe(str(published(tmp_path, "sd15", "v1-5-pruned.safetensors", "F16"))))
+    lines = "\n".join(describe(str(published(tmp_path, "sd15", "v1-5-pruned.safetensors", "F16")))[0])
     for fact in (
         "format       single file",
         "family       SD 1",
-        "epsilon, as all of SD 1",
+        "prediction   not said; probed when it is loaded",
         "686 tensors, 859,520,964",
         "248 tensors, 83,653,863",
         "196 tensors, 123,060,480",
-        "a full copy, used unless --no-ema",
+        "ema          a copy of 686 tensors, used",
         "12 tensors: the noise schedule",
         "no release that is known",
         "missing      nothing",
+        "It loads as SD 1; prediction: not said; probed when it is loaded.",
     ):
         assert fact in lines, fact
     drop = ("first_stage_model.decoder.conv_out",)
     second = published(tmp_path, "sd21", "v2-1_768-ema-pruned.safetensors", "F16", drop=drop)
-    lines = "\n".join(describe(str(second)))
+    lines = "\n".join(describe(str(second))[0])
     for fact in (
         "family       SD 2",
         "probed when it is loaded",
-        "14 tensors: what SD2 does not read",
+        "12 tensors: what SD2 does not read",
+        "2 tensors: served the contrastive training",
         "missing      vae: decoder.conv_out.bias",
+        f"It does not load: {second}: tensor decoder.conv_out.bias is missing",
     ):
         assert fact in lines, fact
 
@@ -223,8 +226,14 @@ def test_folders_of_pickles_and_of_other_models_are_refused(folder):
         config.write_text(json.dumps(raw | change))
         with pytest.raises(CheckpointError, match=message):
             weights.load(folder)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(CheckpointError, match="is a StableDiffusionXLPipeline"):
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline", "Anything"])
+def test_the_pipelines_name_does_not_decide(folder, kind):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    assert same(weights.load(folder), weights.load())
+    (folder / "unet").rename(folder / "transformer")
+    with pytest.raises(CheckpointError, match=f"is a {kind} with a transformer for a UNet"):
         weights.load(folder)
 
 

@@ -55,8 +55,8 @@ def grey(pictures):
 
 
 def same_pictures(ours, theirs):
-    """At most one grey level anywhere, and hardly anywhere: rounding down instead of to nearest has a mean of 0.5. Where
-    noisy steps amplify rounding, 0.0014 was seen, and the kernels of another processor round differently."""
+    """At most one grey level anywhere, and hardly anywhere: rounding down instead of to nearest has a mean of 0.5.
+    Where noisy steps amplify rounding, 0.0014 was seen, and another processor's kernels round differently."""
     difference = abs(ours - theirs)
     return difference.max() <= 1 and difference.mean() <= 0.01
 

@@ -16,9 +16,9 @@ PUBLISHED = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linea
 SHAPE = (2, 4, 6, 10)
 
 
-def whole_run(steps, prediction, oracle, step, noise_seed=None):
+def whole_run(steps, prediction, oracle, step, noise_seed=None, **fields):
     """Every step of a run, ours and theirs from the same x_k and output; the largest relative error."""
-    schedule = Schedule(ScheduleConfig(prediction_type=prediction), steps)
+    schedule = Schedule(ScheduleConfig(prediction_type=prediction, **fields), steps)
     oracle.set_timesteps(steps)
     assert oracle.timesteps.tolist() == schedule.t[:0:-1]
     g = torch.Generator().manual_seed(steps)
@@ -48,6 +48,53 @@ def test_ddim(steps, prediction, eta):
 def test_ddpm(steps, prediction):
     oracle = diffusers.DDPMScheduler(prediction_type=prediction, timestep_spacing="leading", **PUBLISHED)
     assert whole_run(steps, prediction, oracle, Schedule.ddpm) <= BOUND
+
+
+ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("steps", [10, 20, 25, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.9])
+def test_ddim_with_zero_terminal_snr(steps, eta):
+    """Where T divides 1000. Elsewhere diffusers steps to timestep t - 1000 // T, which is not its next one."""
+    oracle = diffusers.DDIMScheduler(set_alpha_to_one=False, **PUBLISHED, **ZERO_SNR)
+    step = lambda schedule, x, output, k, noise: schedule.ddim(x, output, k, eta, noise)
+    assert whole_run(steps, "v_prediction", oracle, step, {"eta": eta}, rescale_betas_zero_snr=True) <= BOUND
+
+
+@pytest.mark.parametrize("steps", [10, 20, 25, 50])
+def test_ddpm_with_zero_terminal_snr(steps):
+    oracle = diffusers.DDPMScheduler(**PUBLISHED, **ZERO_SNR)
+    assert whole_run(steps, "v_prediction", oracle, Schedule.ddpm, rescale_betas_zero_snr=True) <= BOUND
+
+
+@pytest.mark.parametrize("steps", [3, 10, 20, 25, 50])
+def test_ddim_with_eta_1_is_ddpm(steps):
+    """But for the last step, which ends at abar_0 here and at 1 there. diffusers' DDIM gives NaN at abar = 0. The
+    bound is the root of float32's rounding: at abar = 0 the factor of eps is a root of what should be 0."""
+    schedule = Schedule(ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True), steps)
+    for k in range(steps, 1, -1):
+        x, output, noise = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in (k, 1, 2))
+        assert relative_error(schedule.ddim(x, output, k, 1.0, noise)[0], schedule.ddpm(x, output, k, noise)[0]) <= 3e-4
+
+
+@pytest.mark.parametrize("steps", [3, 7, 16, 30, 999, 1000])
+def test_trailing_timesteps(steps):
+    oracle = diffusers.DDIMScheduler(**PUBLISHED, **ZERO_SNR)
+    oracle.set_timesteps(steps)
+    schedule = Schedule(ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True), steps)
+    assert oracle.timesteps.tolist() == schedule.t[:0:-1]
+    x0, eps = torch.randn(SHAPE), torch.randn(SHAPE)
+    assert schedule.t[steps] == 999 and torch.equal(schedule.add_noise(x0, eps, steps), eps), "nothing of x0 is left"
+    with pytest.raises(ValueError, match="use 1 to 1000"):
+        Schedule(schedule.config, 1001)
+
+
+def test_trained_betas():
+    betas = tuple(torch.linspace(0.001, 0.3, 40).tolist())
+    oracle = diffusers.DDIMScheduler(num_train_timesteps=40, trained_betas=list(betas))
+    schedule = Schedule(ScheduleConfig(num_train_timesteps=40, trained_betas=betas), 10)
+    assert relative_error(schedule.alphas_cumprod, oracle.alphas_cumprod) <= BOUND
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
@@ -132,6 +179,9 @@ def test_steps_out_of_range(steps):
         (dict(prediction_type="sample"), "prediction_type 'sample' is not known; use epsilon or v_prediction"),
         (dict(beta_start=0.02), "must rise between 0 and 1"),
         (dict(steps_offset=1000), "steps_offset 1000 must be 0 or more and below 1000"),
+        (dict(trained_betas=(0.1,) * 999), "trained_betas must be 1000 numbers between 0 and 1"),
+        (dict(trained_betas=(0.1,) * 999 + (1.0,)), "trained_betas must be 1000 numbers between 0 and 1"),
+        (dict(rescale_betas_zero_snr=True), "zero terminal SNR needs v_prediction; epsilon would divide"),
     ],
 )
 def test_configs_that_cannot_be(fields, message):

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, change_config, change_tensors, forks, sparse_file
 
 import weights
-from weights import CheckpointError, files
+from weights import CheckpointError, configs
 
 PARTS = {
     "text_encoder": "text_model.encoder.layers.0.mlp.fc1.weight",
@@ -48,15 +48,22 @@ def test_the_ignored_tensor_is_ignored(folder):
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("unet", "act_fn", "gelu", "act_fn is 'gelu'; this implementation needs 'silu'"),
-        ("unet", "time_cond_proj_dim", 256, "time_cond_proj_dim is 256; this implementation does not know that field"),
+        ("unet", "act_fn", "gelu", "act_fn is 'gelu', another activation; this implementation needs 'silu'"),
+        ("unet", "time_cond_proj_dim", 256, "time_cond_proj_dim is 256, guidance as an input, as distilled latent"),
+        ("unet", "surprise", None, "surprise is None; no release of its library that is known has that field"),
+        ("unet", "_class_name", "UNetMotionModel", "_class_name is 'UNetMotionModel'; use a model with the UNet2DCond"),
+        ("unet", "mid_block_type", None, "mid_block_type is None, another middle"),
+        ("unet", "norm_num_groups", None, "norm_num_groups is None; that is no usable value"),
+        ("unet", "only_cross_attention", [False, True, False], "only_cross_attention is .*, no self-attention"),
+        ("unet", "layers_per_block", [1, 2, 1], "layers_per_block is .*; that is no usable value"),
         ("unet", "attention_head_dim", [4, 4], "attention_head_dim .* must be one number or 3 numbers"),
         ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"], "down_block_types"),
         ("vae", "use_quant_conv", False, "use_quant_conv is False"),
         ("text_encoder", "hidden_act", "relu", "hidden_act 'relu' is not known; use one of quick_gelu, gelu"),
         ("scheduler", "prediction_type", "sample", "prediction_type 'sample' is not known"),
-        ("scheduler", "timestep_spacing", "trailing", "timestep_spacing is 'trailing'"),
-        ("scheduler", "set_alpha_to_one", True, "set_alpha_to_one is True"),
+        ("text_encoder", "model_type", "t5", "model_type is 't5', another text encoder"),
+        ("scheduler", "use_flow_sigmas", True, "use_flow_sigmas is True, a flow model's noise levels"),
+        ("scheduler", "rescale_betas_zero_snr", True, "zero terminal SNR needs v_prediction"),
     ],
 )
 def test_configs_that_mean_another_network_are_refused(folder, part, field, value, message):
@@ -102,7 +109,7 @@ def test_the_published_configs_are_understood(tmp_path):
     }  # fmt: skip
     for parameters, fields in published.items():
         (tmp_path / "config.json").write_text(json.dumps(common | fields))
-        model = weights.build("unet", files.read_config(tmp_path / "config.json", "unet"))
+        model = weights.build("unet", configs.read_config(tmp_path / "config.json", "unet"))
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -273,7 +280,7 @@ def test_the_memory_goes_back(folder, tmp_path):
     size, found = {}, {}
     for part in ("text_encoder", "vae"):
         (path,) = (folder / part).glob("*.safetensors")
-        network = weights.build(part, files.read_config(folder / part / "config.json", part))
+        network = weights.build(part, configs.read_config(folder / part / "config.json", part))
         sparse_file(path, {name: (tuple(t.shape), "F32") for name, t in network.state_dict().items()})
         size[part] = path.stat().st_size
         assert size[part] > 100e6

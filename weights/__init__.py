@@ -1,9 +1,9 @@
 """Checkpoints: a folder, a single file or a hub id becomes this project's models, strictly.
 
-Every tensor in the files is accounted for: it is a parameter of the right shape, or it is ignored by name and with a
-reason (`weights.names`). Every config field is used, or has the one value that these models implement, or is known to
-be descriptive, or is off (`weights.files`). Tensors stay memory-mapped and are handed to modules built on the meta
-device, so a load reads the files once and keeps no second copy, unless a dtype or device asks for one.
+Every tensor in the files is accounted for: it is a parameter of the right shape, or it is left unread by name and with
+a reason (`weights.names`). So is every config field (`weights.configs`). Tensors stay memory-mapped and are handed to
+modules built on the meta device, so a load reads the files once and keeps no second copy, unless a dtype or device asks
+for one.
 """
 
 import dataclasses
@@ -21,23 +21,24 @@ import scheduler
 import unet
 import vae
 from weights import hub
+from weights.configs import CheckpointError
 from weights.files import (
     FLOATS,
     PICKLES,
-    CheckpointError,
     Source,
     open_folder,
+    open_part,
     open_single_file,
-    open_vae,
     own_options,
     part_tensors,
 )
-from weights.tokenizer import load_tokenizer
+from weights.tokenizer import CLIP_TOKENS, load_tokenizer
 
 __all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "load_tokenizer", "own_options"]
 
 TINY = Path(__file__).parent / "tiny"
 DAMAGED = "get the file again if it is damaged, or compute in float32 if that is finite"
+SPOKEN = {"unet": "UNet", "text_encoder": "text encoder", "vae": "VAE"}
 MODELS = {"text_encoder": clip.CLIPTextModel, "unet": unet.UNet2DConditionModel, "vae": vae.AutoencoderKL}
 
 
@@ -53,6 +54,7 @@ class Checkpoint:
         device, dtype: where the models compute, and in what the text encoder and the UNet do.
         own_options: those of a mix, from the checkpoint's magicmix.json.
         identity: part -> fingerprint of its weights, and "configs" -> that of all configs in the files.
+        notes: what its user should know, one line each: wishes that are not followed, tensors that are not read.
     """
 
     tokenizer: object
@@ -64,6 +66,7 @@ class Checkpoint:
     dtype: torch.dtype = torch.float32
     own_options: dict = dataclasses.field(default_factory=dict)
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -126,8 +129,13 @@ def fingerprint(part: str, tensors: dict[str, Tensor]) -> str:
 
 
 def config_fingerprint(configs: dict[str, object]) -> str:
-    """A sha256 of every field of every config."""
-    fields = {part: dataclasses.asdict(config) for part, config in configs.items()}
+    """A sha256 of every field of every config that is not at its default, so that a new field changes nothing."""
+    fields = {
+        part: {
+            f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
+        }
+        for part, config in configs.items()
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -165,14 +173,19 @@ def check(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> 
             raise CheckpointError(f"{where}: tensor {name} is {kind}; use float32, float16 or bfloat16")
 
 
-def fill(network: nn.Module, tensors: dict[str, Tensor], where: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives a network its tensors, strictly. Raises CheckpointError, which begins with `where`."""
-    # A 1 x 1 convolution and a linear layer are the same weights; re-saved files may have either rank.
-    expected = network.state_dict()
-    found = {
+def same_rank(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the expected shapes where they differ by a trailing (1, 1) only: a 1 x 1 convolution and a linear
+    layer are the same weights, and re-saved files may have either."""
+    return {
         name: t.reshape(expected[name].shape) if name in expected and pointwise(t.shape, expected[name].shape) else t
         for name, t in tensors.items()
     }
+
+
+def fill(network: nn.Module, tensors: dict[str, Tensor], where: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a network its tensors, strictly. Raises CheckpointError, which begins with `where`."""
+    expected = network.state_dict()
+    found = same_rank(expected, tensors)
     check(expected, found, where)
     network.load_state_dict({name: t.to(device, dtype) for name, t in found.items()}, strict=True, assign=True)
 
@@ -205,6 +218,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
+    unet: str | Path | None = None,
     vae: str | Path | None = None,
     ema: bool = True,
     prediction: str = "auto",
@@ -219,9 +233,9 @@ def load(
             @revision; the default is the embedded checkpoint.
         device: where the models go.
         dtype: of the text encoder and the UNet: float32, float16 or bfloat16.
-        vae: an autoencoder of its own, a folder or a file; needed for single files that have none.
+        unet, vae: a UNet or an autoencoder of its own, a folder or a file, in place of the source's.
         ema: take the averaged weights where a file has both.
-        prediction: "epsilon" or "v"; "auto" reads the scheduler config, or probes a bare SD2 file.
+        prediction: "epsilon" or "v"; "auto" takes what the files say, and probes the UNet where they say nothing.
         upcast_attention: attention in float32; None follows the config.
         vae_dtype: of the VAE; float16 overflows in some public models.
         free_after_use: give the memory of the text encoder and the VAE back after each use, where they lie mapped in
@@ -231,11 +245,8 @@ def load(
     first values of another tensor are not finite; and ValueError for another prediction than these.
     """
     device = torch.device(device)
-    opened = open_source(source, dtype != torch.float32, ema)
-    if vae is not None:
-        opened.configs["vae"], opened.tensors["vae"], opened.files["vae"] = open_vae(Path(vae))
-    if not opened.tensors["vae"]:
-        raise CheckpointError(f"{source} holds no VAE; give one (vae)")
+    opened = open_source(source, dtype != torch.float32, ema, unet, vae)
+    check_complete(opened, str(source))
     found_configs = config_fingerprint(opened.configs)
     if upcast_attention is not None:
         opened.configs["unet"] = dataclasses.replace(opened.configs["unet"], upcast_attention=upcast_attention)
@@ -243,44 +254,90 @@ def load(
         raise ValueError(f"prediction {prediction!r} is not known; use auto, epsilon or v")
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": vae_dtype}
     models = {part: build(part, opened.configs[part]) for part in MODELS}
+    tokenizer = tokenizer_of(opened, str(source))
     for part, network in models.items():
-        where = ", ".join(map(str, opened.files[part]))
-        fill(network, opened.tensors[part], where, dtypes[part], device)
-    check({}, opened.tensors.get("unknown", {}), str(source))
+        fill(network, opened.tensors[part], opened.where(part), dtypes[part], device)
     identity = {part: fingerprint(part, opened.tensors[part]) for part in MODELS} | {"configs": found_configs}
     check_weights("vae", opened.tensors["vae"])  # what is wrong in its decoder would show at the very end
-    if prediction == "auto":
-        kind = opened.configs["scheduler"].prediction_type if opened.prediction else probe_prediction(models["unet"])[0]
-    else:
-        kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
-    if not opened.prediction and kind == "epsilon":  # of the bare SD2 files, those that predict v are the 768 px ones
+    kind = opened.prediction if prediction == "auto" else {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+    if kind is None:
+        kind = probe_prediction(models["unet"])[0]
+        if kind == "v_prediction":
+            opened.notes.append("the UNet predicts v, as a probe shows; nothing in the file says it")
+    if (
+        opened.format == "single file" and kind == "epsilon"
+    ):  # of bare SD2 files, those that predict v are the 768 px ones
         models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
-    is_sd2 = opened.configs["text_encoder"].hidden_act == "gelu"
-    tokenizer = load_tokenizer(opened.tokenizer, pad="!" if is_sd2 else "<|endoftext|>")  # SD2 pads with id 0
-    check_together(opened, tokenizer, str(source))
     if free_after_use and opened.format == "folder":  # a single file stays mapped for the UNet anyway
         hook_parts(opened, models, dtypes, ["text_encoder", "vae"] if vae is None else ["text_encoder"])
     return Checkpoint(
         tokenizer=tokenizer,
         **models,
-        schedule=dataclasses.replace(opened.configs["scheduler"], prediction_type=kind),
+        schedule=schedule_of(opened, kind, str(source)),
         device=device,
         dtype=dtype,
         own_options=opened.own_options,
         identity=identity,
+        notes=opened.notes,
     )
 
 
-def open_source(source: str | Path, half: bool, ema: bool) -> Source:
-    """Finds out what `source` is and opens it. Raises CheckpointError."""
-    path = Path(source)
+def open_source(
+    source: str | Path, half: bool, ema: bool, unet: str | Path | None = None, vae: str | Path | None = None
+) -> Source:
+    """Finds out what `source` is and opens it, with other parts in place of its own where they are given. Raises
+    CheckpointError."""
+    path, others = Path(source), {"unet": unet, "vae": vae}
     if path.is_dir():
-        return open_folder(path, half, ema)
-    if path.exists() or path.suffix in {".safetensors", *PICKLES}:
-        return open_single_file(path, ema)
-    if hub.HUB_ID.fullmatch(str(source)):
-        return open_folder(hub.fetch(str(source), half, ema), half, ema)
-    raise CheckpointError(f"weights {str(source)!r} is no folder, no .safetensors file and no hub id")
+        opened = open_folder(path, half, ema, path.resolve().name)
+    elif path.exists() or path.suffix in {".safetensors", *PICKLES}:
+        opened = open_single_file(path, ema)
+    elif hub.HUB_ID.fullmatch(str(source)):
+        opened = open_folder(hub.fetch(str(source), half, ema), half, ema, str(source))
+    else:
+        raise CheckpointError(f"weights {str(source)!r} is no folder, no .safetensors file and no hub id")
+    for part, other in others.items():
+        if other is not None:
+            opened.take(part, open_part(part, Path(other), half, ema))
+    return opened
+
+
+def check_complete(source: Source, where: str) -> None:
+    """Raises CheckpointError for a part that is not there, or a tensor that is of no part."""
+    there = [SPOKEN[part] for part in MODELS if source.tensors[part]]
+    for part, right in {
+        "unet": "give a whole checkpoint, and this as its vae" if there == ["VAE"] else "give a whole checkpoint",
+        "text_encoder": "give a checkpoint that has one, and this as its unet",
+        "vae": "give one (vae)",
+    }.items():
+        if not source.tensors[part]:
+            raise CheckpointError(
+                f"{where} holds {' and '.join(there) or 'nothing of SD 1 or 2'}, no {SPOKEN[part]}; {right}"
+            )
+    check({}, source.tensors.get("unknown", {}), where)
+
+
+def tokenizer_of(source: Source, where: str):
+    """The tokenizer of a source. Raises CheckpointError when it, or another part, does not belong to the others."""
+    text = source.configs["text_encoder"]
+    if source.tokenizer is None and text.vocab_size < CLIP_TOKENS:
+        raise CheckpointError(
+            f"{where} has no tokenizer, and its text encoder's vocabulary is not CLIP's; get its files"
+        )
+    # SD2 pads with "!", which is id 0; its text encoder has another activation than SD1's.
+    tokenizer = load_tokenizer(
+        source.tokenizer, "!" if text.hidden_act == "gelu" else "<|endoftext|>", text.max_position_embeddings
+    )
+    check_together(source, tokenizer, where)
+    return tokenizer
+
+
+def schedule_of(source: Source, prediction: str, where: str) -> scheduler.ScheduleConfig:
+    """A source's schedule with the prediction type that was found. Raises CheckpointError where it cannot have it."""
+    try:
+        return dataclasses.replace(source.configs["scheduler"], prediction_type=prediction)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def check_together(source: Source, tokenizer, where: str) -> None:

@@ -7,8 +7,12 @@ from weights.describe import describe
 
 
 def show(source: str) -> None:
-    for line in describe(source):
+    """Prints the description; exit code 2 for a checkpoint that does not load. Raises CheckpointError."""
+    lines, obstacle = describe(source)
+    for line in lines:
         print(machine.printable(line))
+    if obstacle:
+        sys.exit(2)
 
 
 def main() -> int:

@@ -1,9 +1,10 @@
 """Describes a checkpoint without computing anything with it.
 
-The lines give the format, the family, the prediction type and how it is known, each part's
-tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file with the published
-release that it equals (releases.json), what holds NaN or Inf, and what is missing. Networks are built on the meta
-device, without storage, to know which tensors they ask for.
+The lines give the format, the family, the prediction type and what says it, each part's tensors, parameters and dtype,
+averaged weights, what is left unread and why, the sha256 of each file with the published release that it equals
+(releases.json), what holds NaN or Inf, what is missing, and what a user should know. The last is a sentence: the
+checkpoint loads and how, or what stands in its way. Networks are built on the meta device, without storage, to know
+which tensors they ask for.
 """
 
 import hashlib
@@ -12,54 +13,28 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from weights import MODELS, build, files, names, not_finite, open_source
+import weights
+from weights import MODELS, CheckpointError, build, files, not_finite
 
 
-def ignored(source: files.Source) -> Counter:
-    """reason -> how many tensors of the files are left unread for it."""
-    if source.format == "folder":
-        placed = [
-            (files.NAMES[part], name, tensor)
-            for part, paths in source.files.items()
-            for path in paths
-            for name, tensor in files.read_tensors(path).items()
-        ]
-    else:
-        (path,) = set(sum(source.files.values(), []))
-        placed = [(*names.place(name)[1:], tensor) for name, tensor in files.read_tensors(path).items()]
-    reasons = Counter()
-    for rename, name, tensor in placed:
-        if name in names.IGNORED:
-            reasons[names.IGNORED[name]] += 1
-        elif not rename(name, tensor):
-            full = f"text_model.{name}"  # as files without that prefix leave it off
-            reasons[names.IGNORED.get(full, "what SD2 does not read of its text tower")] += 1
-    return reasons
-
-
-def describe(given: str) -> list[str]:
-    """The description, line by line. Raises CheckpointError."""
-    source = open_source(given, half=False, ema=True)
-    context, schedule = source.configs["unet"].cross_attention_dim, source.configs["scheduler"]
-    family = {768: "SD 1", 1024: "SD 2"}.get(context, f"its own (text width {context})")
-    known = {
-        "config": f"{schedule.prediction_type}, from the scheduler config",
-        "family": "epsilon, as all of SD 1",
-        "": "not in the file; probed when it is loaded, or --prediction",
-    }[source.prediction]
-    lines = [f"format       {source.format}", f"family       {family}", f"prediction   {known}"]
-    missing = []
+def describe(given: str) -> tuple[list[str], str | None]:
+    """The description, line by line, and what keeps the checkpoint from being loaded, None where nothing does. Raises
+    CheckpointError for a source of which nothing can be described."""
+    source = weights.open_source(given, half=False, ema=True)
+    family = family_of(source)
+    told = f"{source.prediction}, by {source.told_by}" if source.prediction else "not said; probed when it is loaded"
+    zero = ", zero terminal SNR" * source.configs["scheduler"].rescale_betas_zero_snr
+    lines = [f"format       {source.format}", f"family       {family}", f"prediction   {told}{zero}"]
+    missing, networks = [], {part: build(part, source.configs[part]).state_dict() for part in MODELS}
     for part in MODELS:
-        tensors, expected = source.tensors[part], build(part, source.configs[part]).state_dict()
+        tensors = source.tensors[part]
         parameters = sum(math.prod(t.shape) for t in tensors.values())
         dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})) or "-"
         lines.append(f"{part:<13}{len(tensors)} tensors, {parameters:,} parameters, {dtypes}")
-        missing += [part] if not tensors else [f"{part}: {n}" for n in sorted(expected.keys() - tensors.keys())]
-    if source.format == "single file":
-        copies = sum(n.startswith("model_ema.") for n in files.read_tensors(source.files["unet"][0]))
-        lines.append(f"ema          {'a full copy, used unless --no-ema' if copies > 100 else 'no copy of its own'}")
-    for reason, count in ignored(source).items():
-        lines.append(f"ignored      {count} tensors: {reason}")
+        missing += [f"{part}: {n}" for n in sorted(networks[part].keys() - tensors.keys())] if tensors else [part]
+    lines.append(f"ema          {source.averaged}")
+    for reason, count in Counter(source.unread.values()).items():
+        lines.append(f"not read     {count} tensors: {reason}")
     for stray in source.tensors.get("unknown", {}):
         lines.append(f"unknown      {stray}")
     for part in MODELS:
@@ -69,4 +44,28 @@ def describe(given: str) -> list[str]:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"sha256       {digest} {path.name} = {releases.get(digest, 'no release that is known here')}")
-    return lines + [f"missing      {name}" for name in missing or ["nothing"]]
+    lines += [f"missing      {name}" for name in missing or ["nothing"]] + [f"note         {n}" for n in source.notes]
+    obstacle = obstacle_of(source, networks, given)
+    if obstacle:
+        return [*lines, f"It does not load: {obstacle}"], obstacle
+    return [*lines, f"It loads as {family}; prediction: {told}."], None
+
+
+def family_of(source: files.Source) -> str:
+    if not source.tensors["unet"]:
+        return "not known without a UNet"
+    context = source.configs["unet"].cross_attention_dim
+    return {768: "SD 1", 1024: "SD 2"}.get(context, f"a model of its own (text width {context})")
+
+
+def obstacle_of(source: files.Source, networks: dict[str, dict], where: str) -> str | None:
+    """What loading would refuse, None where it would not."""
+    try:
+        weights.check_complete(source, where)
+        for part, expected in networks.items():
+            weights.check(expected, weights.same_rank(expected, source.tensors[part]), source.where(part))
+            weights.check_weights(part, source.tensors[part])
+        weights.tokenizer_of(source, where)
+    except CheckpointError as error:
+        return str(error)
+    return None

@@ -4,10 +4,7 @@ Tensors are memory-mapped by safetensors: opening a source reads headers and con
 """
 
 import dataclasses
-import inspect
-import json
-import types
-import typing
+import re
 from pathlib import Path
 
 import torch
@@ -19,27 +16,8 @@ import scheduler
 import unet
 import vae
 from weights import names
+from weights.configs import CheckpointError, read_config, read_json, read_schedule
 
-# Config fields that say where a file comes from or how it was trained, not what the network computes.
-DESCRIPTIVE = {
-    "text_encoder": {
-        "architectures", "attention_dropout", "dropout", "initializer_factor", "initializer_range", "model_type",
-        "torch_dtype", "dtype", "transformers_version", "projection_dim",
-        "bos_token_id", "eos_token_id", "pad_token_id",  # wrong in the published files; the tokenizer's are used
-    },
-    "unet": set(),
-    "vae": {"sample_size", "force_upcast"},  # the VAE runs in float32 here
-    "scheduler": {
-        "skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range",  # read by samplers
-        "interpolation_type", "use_karras_sigmas", "timestep_type", "sigma_min", "sigma_max",  # that are not ours
-    },
-}  # fmt: skip
-CONFIGS = {
-    "text_encoder": (clip.CLIPTextConfig, {}),
-    "unet": (unet.UNetConfig, unet.FIXED),
-    "vae": (vae.VAEConfig, vae.FIXED),
-    "scheduler": (scheduler.ScheduleConfig, scheduler.FIXED),
-}
 STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 NAMES = {
     "text_encoder": names.diffusers_text,
@@ -47,21 +25,14 @@ NAMES = {
     "vae": names.diffusers_vae,
 }
 # A source may be hostile. These bounds lie far above every published model and keep what is read before the first
-# strict comparison, headers and configs, from filling the memory or taking minutes.
+# strict comparison from filling the memory or taking minutes.
 MAX_HEADER = 4 << 20  # bytes of a safetensors header; published ones stay below half a million
 MAX_TENSORS = 4_000  # in a file; the published ones have at most 1,831
-MAX_JSON = 1 << 20  # bytes of a config or an index
-MAX_LEVELS = 8  # entries of a list in a config
-MAX_NUMBER = 65_536  # in a config, but for these
-MAX = {"num_hidden_layers": 100, "layers_per_block": 4, "transformer_layers_per_block": 4, "vocab_size": 1_000_000,
-        "num_train_timesteps": 10_000, "sample_size": 512}  # fmt: skip
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "diffusers' save_pretrained(..., safe_serialization=True) writes safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with what is wrong and what would be right in one line."""
+# By these names go models that were distilled to few steps.
+FEW_STEPS = re.compile(r"(?i:turbo|lightning|latent.?consistency|hyper.?sd)|(?<![A-Za-z])(?i:lcm|tcd)(?![a-z])")
 
 
 @dataclasses.dataclass
@@ -74,71 +45,57 @@ class Source:
         tensors: part -> {diffusers name: memory-mapped tensor}; a single file's strays are under "unknown".
         files: part -> the files that its tensors come from.
         tokenizer: the folder of the tokenizer's files; None for the embedded CLIP vocabulary.
-        prediction: how the prediction type is known: "config", "family" (SD1), or "" when it must be probed.
+        prediction: the prediction type, None where nothing says it and the UNet must be probed.
+        told_by: what says the prediction type.
         own_options: those in magicmix.json, if it is there.
+        unread: name -> why it is left unread.
+        averaged: what there is of averaged weights, in words.
+        notes: what its user should know, one line each.
     """
 
     format: str
     configs: dict[str, object]
     tensors: dict[str, dict[str, Tensor]]
     files: dict[str, list[Path]]
-    tokenizer: Path | None
-    prediction: str
-    own_options: dict
+    tokenizer: Path | None = None
+    prediction: str | None = None
+    told_by: str = ""
+    own_options: dict = dataclasses.field(default_factory=dict)
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
+    averaged: str = "no copy of its own"
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def where(self, part: str) -> str:
+        """The files of a part, to begin a message with."""
+        return ", ".join(map(str, self.files[part]))
+
+    def take(self, part: str, other: "Source") -> None:
+        """Replaces a part by that of another source, with what is known of it."""
+        for mine, theirs in ((self.configs, other.configs), (self.tensors, other.tensors), (self.files, other.files)):
+            mine[part] = theirs[part]
+        self.notes += other.notes
+        if part == "unet":
+            self.averaged = other.averaged
+        if part == "unet" and other.format == "single file":  # a folder of a UNet alone says nothing on its training
+            self.prediction, self.told_by = other.prediction, other.told_by
+            zero_snr = other.configs["scheduler"].rescale_betas_zero_snr
+            self.configs["scheduler"] = with_training(self.configs["scheduler"], other.prediction, zero_snr)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError when it is missing, too large, not JSON or not an object."""
-    if not path.is_file():  # a pipe or a device could be read for ever
-        raise CheckpointError(f"{path} is missing or not a file; a checkpoint folder in the diffusers format has it")
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no config has more than {MAX_JSON:,}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def with_training(config: scheduler.ScheduleConfig, prediction: str | None, zero_snr: bool) -> scheduler.ScheduleConfig:
+    """A schedule with what is known of the training; an unknown prediction type is epsilon until it is probed, or v
+    where zero terminal SNR leaves nothing else. Raises ValueError for what cannot be together."""
+    prediction = prediction or ("v_prediction" if zero_snr else "epsilon")
+    return dataclasses.replace(config, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
 
 
-def read_config(path: Path, part: str) -> object:
-    """A config.json as its dataclass. Raises CheckpointError for a field these models do not know or do differently,
-    and for a value of another type or out of all proportion."""
-    config_class, fixed = CONFIGS[part]
-    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
-    used = {}
-    for name, value in read_json(path).items():
-        if name in fields:
-            value = tuple(value) if isinstance(value, list) else value
-            if value is not None and not fits(name, value, fields[name]):
-                kind, most = inspect.formatannotation(fields[name]), MAX.get(name, MAX_NUMBER)
-                right = f"use {kind}, its numbers above 0 and at most {most:,}"
-                raise CheckpointError(f"{path}: {name} is {value!r}; that is no usable value: {right}")
-            used[name] = value
-        elif name in fixed:
-            if value != fixed[name] and value is not None:
-                raise CheckpointError(f"{path}: {name} is {value!r}; this implementation needs {fixed[name]!r}")
-        elif not name.startswith("_") and name not in DESCRIPTIVE[part] and value is not None and value is not False:
-            # A field of a later release that is off changes nothing; one that is on would.
-            raise CheckpointError(f"{path}: {name} is {value!r}; this implementation does not know that field")
-    try:
-        return config_class(**{k: v for k, v in used.items() if v is not None})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+def few_steps(*said: object) -> list[str]:
+    """A line where one of these names says that a model was distilled to few steps."""
+    found = next((name for name in map(str, said) if FEW_STEPS.search(name)), None)
+    return [f"trained for few steps, as {found!r} says: try 4 to 8 steps and guidance 1"] if found else []
 
 
-def fits(name: str, value: object, kind: object) -> bool:
-    """Whether a config's value has its field's type and is a positive number of sensible size where it is a number."""
-    if isinstance(kind, types.UnionType):
-        return any(fits(name, value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and 0 < len(value) <= MAX_LEVELS and all(fits(name, v, inner) for v in value)
-    if kind in (int, float):
-        whole, most = type(value) is int, MAX.get(name, MAX_NUMBER)
-        return (whole or type(value) is kind) and (0 < value <= most or (name == "steps_offset" and value == 0))
-    return type(value) is kind
+# ------------------------------------------------------------------------------------------------------- tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -162,14 +119,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {first}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file that read_tensors has read."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def sort(path: object, tensors: dict[str, Tensor], ema: bool = True, alone: names.Place | None = None) -> names.Split:
+    """The tensors of a file, by part. Raises CheckpointError for one that is of another kind of model, since it would
+    change the picture and is not read."""
+    for name in tensors:
+        if kind := names.reason(name, names.FOREIGN):
+            raise CheckpointError(f"{path}: tensor {name} is of {kind}; use a checkpoint of SD 1 or SD 2 without it")
+    return names.split(tensors, ema, alone)
+
+
 # ------------------------------------------------------------------------------------------------------- folders
 
 
-def refuse_other_families(channels: int, context: int, where) -> None:
-    """Raises CheckpointError for the relatives of Stable Diffusion 1 and 2 that these modules do not implement."""
-    kinds = {9: "an inpainting model (9 input channels)", 8: "a pix2pix model (8 input channels)"}
-    if channels in kinds or context == 2048:
-        raise CheckpointError(f"{where} is {kinds.get(channels, 'SDXL')}; use a text-to-image model of SD 1 or SD 2")
+def refuse_other_families(channels: object, context: object, where) -> None:
+    """Raises CheckpointError for the relatives of Stable Diffusion 1 and 2 that these modules do not implement, by the
+    UNet's input channels and the width of the text states."""
+    by_channels = {5: "a depth model", 7: "an upscaler", 8: "a pix2pix model", 9: "an inpainting model"}
+    by_context = {2048: "SDXL", 1280: "SDXL's refiner"}
+    kinds = [f"{kind} ({n} input channels)" for n, kind in by_channels.items() if n == channels]
+    for kind in kinds + [kind for width, kind in by_context.items() if width == context]:
+        raise CheckpointError(f"{where} is {kind}; use a text-to-image model of SD 1 or SD 2")
 
 
 def part_files(folder: Path, stem: str, half: bool, ema: bool) -> list[Path]:
@@ -199,11 +174,40 @@ def part_files(folder: Path, stem: str, half: bool, ema: bool) -> list[Path]:
     raise CheckpointError(f"{folder / stem}.safetensors is missing; only safetensors files are read")
 
 
+def open_part(part: str, path: Path, half: bool = False, ema: bool = True) -> Source:
+    """One part: a folder with its config.json, or the file of a part alone in either spelling, or a whole checkpoint of
+    which that part is taken. Raises CheckpointError."""
+    if not path.is_dir():
+        source = open_single_file(path, ema)
+        if not source.tensors[part]:
+            raise CheckpointError(f"{path} holds no {part}")
+        return source
+    folder = path / part if (path / part).is_dir() else path
+    config = read_config(folder / "config.json", part)
+    files = part_files(folder, STEMS[part], half, ema)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    found = sort(folder, tensors, ema, (part, NAMES[part]))
+    return Source(
+        format="folder",
+        configs={part: config},
+        tensors={part: found.parts[part]},
+        files={part: files},
+        unread=found.unread,
+        notes=left_over(folder, found),
+    )
+
+
 def part_tensors(part: str, files: list[Path]) -> dict[str, Tensor]:
     """The tensors of one part in diffusers' current names, from all its files."""
-    return {
-        new: t for path in files for old, tensor in read_tensors(path).items() for new, t in NAMES[part](old, tensor)
-    }
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    return sort(files[0], tensors, alone=(part, NAMES[part])).parts[part]
+
+
+def left_over(where: Path, found: names.Split) -> list[str]:
+    """A line on the tensors that a training left behind."""
+    left = found.leftovers()
+    some = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
+    return [f"{where}: {len(left)} tensors are left over from training and not read: {some}"] if left else []
 
 
 def own_options(folder: Path) -> dict:
@@ -212,42 +216,31 @@ def own_options(folder: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def open_folder(folder: Path, half: bool, ema: bool) -> Source:
-    """A folder in the diffusers format. Raises CheckpointError."""
-    index = folder / "model_index.json"
-    kind = read_json(index).get("_class_name") if index.exists() else None
-    if kind not in (None, "StableDiffusionPipeline"):
-        raise CheckpointError(f"{folder} is a {kind}; use a text-to-image model of SD 1 or SD 2")
+def open_folder(folder: Path, half: bool, ema: bool, name: str) -> Source:
+    """A folder in the diffusers format; `name` is what its user calls it. Raises CheckpointError."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    kind = index.get("_class_name", "model")
+    if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
+        raise CheckpointError(f"{folder} is a {kind} with a transformer for a UNet; use a model of SD 1 or SD 2")
     raw = read_json(folder / "unet" / "config.json")
     refuse_other_families(raw.get("in_channels"), raw.get("cross_attention_dim"), folder)
-    paths = {part: folder / part / "config.json" for part in STEMS}
-    configs = {p: read_config(path, p) for p, path in paths.items()}
-    configs["scheduler"] = read_config(folder / "scheduler" / "scheduler_config.json", "scheduler")
-    files = {part: part_files(folder / part, stem, half, ema) for part, stem in STEMS.items()}
+    schedule, notes = read_schedule(folder / "scheduler" / "scheduler_config.json")
+    wished = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
+    parts = {part: open_part(part, folder / part, half, ema) for part in STEMS}
     return Source(
         format="folder",
-        configs=configs,
-        tensors={part: part_tensors(part, files[part]) for part in STEMS},
-        files=files,
-        tokenizer=folder / "tokenizer",
-        prediction="config",
+        configs={part: source.configs[part] for part, source in parts.items()} | {"scheduler": schedule},
+        tensors={part: source.tensors[part] for part, source in parts.items()},
+        files={part: source.files[part] for part, source in parts.items()},
+        tokenizer=folder / "tokenizer" if (folder / "tokenizer").exists() else None,
+        prediction=schedule.prediction_type,
+        told_by="the scheduler config",
         own_options=own_options(folder),
+        unread={name: why for source in parts.values() for name, why in source.unread.items()},
+        notes=notes
+        + few_steps(name, kind, wished, raw.get("_name_or_path"), index.get("_name_or_path"))
+        + [note for source in parts.values() for note in source.notes],
     )
-
-
-def open_vae(path: Path) -> tuple[vae.VAEConfig, dict[str, Tensor], list[Path]]:
-    """An autoencoder of its own (`vae`): a folder with config.json, or a single file in either spelling."""
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        files = part_files(folder, STEMS["vae"], half=False, ema=True)
-        return read_config(folder / "config.json", "vae"), part_tensors("vae", files), files
-    tensors = read_tensors(path)
-    named = names.split(tensors.items())["vae"]  # inside a whole checkpoint
-    if not named:
-        rename = names.original_vae if "encoder.down.0.block.0.conv1.weight" in tensors else names.diffusers_vae
-        # Stand-alone files may carry the loss's network of their training; it is no part of the autoencoder.
-        named = {n: t for old, tensor in tensors.items() if not old.startswith("loss.") for n, t in rename(old, tensor)}
-    return vae.VAEConfig(), named, [path]
 
 
 # -------------------------------------------------------------------------------------------------- single files
@@ -264,38 +257,70 @@ SD2_TEXT = clip.CLIPTextConfig(
 )
 
 
+# What trainers write into a file's metadata, and what it says of the prediction type.
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon"} | dict.fromkeys(
+    ("v", "v_prediction", "velocity"), "v_prediction"
+)
+
+
+def training(markers: set[str], metadata: dict[str, str]) -> tuple[str | None, str, bool]:
+    """What a file says of its training: the prediction type or None, what says so, and whether with zero terminal SNR.
+
+    Markers are empty tensors of some programs. The metadata's modelspec.prediction_type is of the SAI model metadata
+    standard, the keys that begin with ss_ are of sd-scripts.
+    """
+    zero_snr = "ztsnr" in markers or metadata.get("ss_zero_terminal_snr") == "True"
+    if "v_pred" in markers:
+        return "v_prediction", "its tensor v_pred", zero_snr
+    if kind := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower()):
+        return kind, "modelspec.prediction_type in its metadata", zero_snr
+    if metadata.get("ss_v_parameterization") == "True":
+        return "v_prediction", "ss_v_parameterization in its metadata", zero_snr
+    return None, "", zero_snr
+
+
 def open_single_file(path: Path, ema: bool) -> Source:
-    """A file in the original (CompVis) format, whose configs are those of its family. Raises CheckpointError."""
+    """A file in the original (CompVis) format, or of one part alone. Raises CheckpointError."""
     tensors = read_tensors(path)
-    return single_file_source(path, tensors, ema)
+    return single_file_source(path, tensors, ema, read_metadata(path))
 
 
-def single_file_source(path: Path, tensors: dict[str, Tensor], ema: bool) -> Source:
-    """The same from tensors that are open already; they may lie on the meta device."""
-    if any(name.startswith("conditioner.embedders.") for name in tensors):
-        raise CheckpointError(f"{path} is SDXL; use a text-to-image model of SD 1 or SD 2")
-    if any("joint_blocks." in name for name in tensors):
-        raise CheckpointError(f"{path} is SD3; use a text-to-image model of SD 1 or SD 2")
-    inner = "model.diffusion_model.input_blocks."
-    first, cross = f"{inner}0.0.weight", f"{inner}1.1.transformer_blocks.0.attn2.to_k.weight"
-    for name in (first, cross):
-        if name not in tensors:
-            raise CheckpointError(f"{path}: tensor {name} is missing; this is no Stable Diffusion 1 or 2 checkpoint")
-    context = tensors[cross].shape[-1]
-    refuse_other_families(tensors[first].shape[1], context, path)
-    is_sd2 = context == SD2_UNET.cross_attention_dim
-    parts = names.split(tensors.items(), ema)
+def single_file_source(path: Path, tensors: dict[str, Tensor], ema: bool, metadata: dict[str, str]) -> Source:
+    """The same from tensors that are open already; they may lie on the meta device. The configs are those of the
+    family that the UNet is of, if there is one."""
+    found = sort(path, tensors, ema)
+    net = found.parts["unet"]
+    cross = [tensor for name, tensor in net.items() if name.endswith("attn2.to_k.weight")]
+    if net and not (cross and "conv_in.weight" in net):
+        raise CheckpointError(f"{path}: the UNet has no conv_in.weight or no attn2.to_k.weight; use SD 1 or SD 2")
+    if net:
+        refuse_other_families(net["conv_in.weight"].shape[1], cross[0].shape[-1], path)
+    is_sd2 = bool(net) and cross[0].shape[-1] == SD2_UNET.cross_attention_dim
+    prediction, told_by, zero_snr = training(found.markers, metadata)
+    notes = few_steps(path.stem) + left_over(path, found)
+    averaged = "no copy of its own"
+    if found.averaged:
+        state = "used" if found.is_averaged else "not used"
+        averaged = f"a copy of {found.averaged} tensors, {state}"
+        if any(why == names.IN_PART for why in found.unread.values()):
+            notes.append(f"{path}: its averaged weights are {found.averaged} of {len(net)} tensors, and are not used")
+    try:
+        schedule = with_training(scheduler.ScheduleConfig(), prediction, zero_snr)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return Source(
         format="single file",
         configs={
             "text_encoder": SD2_TEXT if is_sd2 else clip.CLIPTextConfig(),
             "unet": SD2_UNET if is_sd2 else unet.UNetConfig(),
             "vae": vae.VAEConfig(),
-            "scheduler": scheduler.ScheduleConfig(),
+            "scheduler": schedule,
         },
-        tensors=parts,
-        files=dict.fromkeys(parts, [path]),
-        tokenizer=None,
-        prediction="" if is_sd2 else "family",
-        own_options={},
+        tensors=found.parts,
+        files=dict.fromkeys(found.parts, [path]),
+        prediction=prediction,
+        told_by=told_by,
+        unread=found.unread,
+        averaged=averaged,
+        notes=notes,
     )

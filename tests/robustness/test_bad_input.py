@@ -26,7 +26,7 @@ import clip
 import magicmix
 import weights
 from command import machine, pictures
-from weights import CheckpointError, __main__, files
+from weights import CheckpointError, __main__, configs
 
 NAN = float("nan")
 
@@ -357,7 +357,7 @@ def another(part, **fields):
 
     def write(folder):
         config(part, **fields)(folder)
-        made = weights.MODELS[part](files.read_config(folder / part / "config.json", part))
+        made = weights.MODELS[part](configs.read_config(folder / part / "config.json", part))
         (path,) = (folder / part).glob("*.safetensors")
         save_file(made.state_dict(), path)
 

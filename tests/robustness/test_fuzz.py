@@ -30,7 +30,7 @@ import magicmix
 import weights
 from command import machine, noise, pictures
 from scheduler import Schedule
-from weights import CheckpointError, files
+from weights import CheckpointError, configs, files
 
 MANY = int(os.environ.get("FUZZ", 0))
 
@@ -222,8 +222,8 @@ def safetensors_file(chance, sound):
 def load_all(path):
     """Every way in which a file's tensors are taken up, each to its end or to its CheckpointError."""
     with contextlib.suppress(CheckpointError):
-        _, tensors, paths = files.open_vae(path)
-        weights.check({name: SOUND[name] for name in sorted(SOUND)[:2]}, tensors, str(paths))
+        tensors = files.open_part("vae", path).tensors["vae"]
+        weights.check({name: SOUND[name] for name in sorted(SOUND)[:2]}, tensors, str(path))
         weights.fingerprint("vae", tensors)
         weights.check_weights("vae", tensors)
     with contextlib.suppress(CheckpointError):
@@ -246,8 +246,7 @@ def test_the_fuzzed_file_is_sound(file):
     """What is mutated gets through to the strict checks."""
     file.write_bytes(FILE)
     with pytest.raises(CheckpointError, match="is not part of this model"):
-        _, tensors, _ = files.open_vae(file)
-        weights.check({}, tensors, "here")
+        weights.check({}, files.open_part("vae", file).tensors["vae"], "here")
     assert set(files.open_single_file(file, ema=True).tensors["unet"]) == {
         "conv_in.weight",
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -309,11 +308,10 @@ def test_configs(file):
         with input_of(number) as chance, contextlib.suppress(CheckpointError):
             part, data = config_file(chance)
             fresh(path, data)
-            config = files.read_config(path, part)
             if part == "scheduler":
-                Schedule(config, 1)
+                Schedule(configs.read_schedule(path)[0], 1)
                 continue
-            network = weights.build(part, config)
+            network = weights.build(part, configs.read_config(path, part))
             assert {p.device.type for p in network.parameters()} == {"meta"}
             with pytest.raises(CheckpointError, match="is missing"):
                 weights.fill(network, {}, str(path), torch.float32, torch.device("cpu"))
