@@ -6,8 +6,8 @@ for CLIP's vocabulary, but none of its requirements. FOLDER gets
 - sd1, sd2 and sd1-added: small pipelines of SD 1's and SD 2's kind, saved by save_pretrained, the last with tokens of
   textual inversions in its tokenizer and text encoder;
 - tokenizers/{slow,fast}-{sd1,sd2,added}: the tokenizers that this release's two classes write;
-- schedulers/CLASS.{own,sd1,sd2}.json: every scheduler class with its own defaults, and by from_config from the scheduler
-  of an SD 1 (epsilon) and an SD 2 (v prediction) pipeline;
+- schedulers/CLASS.{own,sd1,sd2}.json: every scheduler class with its own defaults, and by from_config from that of an
+  SD 1 (epsilon) and an SD 2 (v prediction) pipeline;
 - facts.json: the versions; the ids that CLIPTokenizerFast gives for PROMPTS in each of the tokenizers' folders, and the
   prompts for which CLIPTokenizer gives others; and the schedulers that cannot be made.
 
@@ -28,21 +28,25 @@ import transformers
 MERGES = Path(__file__).resolve().parents[2] / "weights" / "clip_merges.txt.gz"
 ADDED = ["<cat-toy>", "<cat-toy>_1", "MyStyle"]  # as diffusers' load_textual_inversion names them, and a free name
 PROMPTS = [
-    "", " ", "a", "!", "!!", "hello!", "a tiger", "A TIGER", "  a   tiger\t\n ", "a\u00a0tiger", "don't", "DON'T they're",
-    "a photo of an astronaut riding a horse on mars, highly detailed, 8k", "(masterpiece:1.2), [blurry], {a|b}",
-    "1girl, solo, long_hair", "3.14 + 2,718 = 5.86", "1234567890", "50% off @ $9.99 #sale", "a/b\\c", "http://a.b/c?d=e&f",
-    "&amp; &lt;b&gt; <b>bold</b>", "snake_case CamelCase kebab-case", "it's the dog's, o'clock, we'll, I'm, I'd, I've",
-    "<|startoftext|>", "a <|endoftext|> b", "<|STARTOFTEXT|>", "|", "``quotes'' \"double\" 'single'", "...", "?!?!", "-- - –— ―",
-    "café", "cafe\u0301", "CAFÉ", "naïve façade", "Ångström", "smörgåsbord", "Zürich straße", "STRASSE ẞ", "ÆØÅ æøå",
-    "İstanbul ıŞĞ", "Łódź żółć", "čšž ČŠŽ", "tiếng Việt", "Ελληνικά", "ΣΊΣΥΦΟΣ σίσυφος", "Москва", "МОСКВА ёлка й", "עברית",
-    "العربية", "हिन्दी", "ไทย", "한국어", "ㅎㅏㄴ", "日本語のテキスト", "カタカナ ｶﾀｶﾅ", "漢字", "一只猫", "a 猫 b", "中文，标点。",
-    "全角ＡＢＣ１２３", "ﬁ ﬂ ligature", "①②③ ½ ¼ x² H₂O", "Ⅷ ⅷ ㎏ №", "™ © ® € £ ¥ §", "→ ← ↔ ∞ ≠ ≤ √", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝓢", "😀", "😀😀 a 😀b",
-    "👍🏽", "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "🇩🇪🇯🇵", "❤️ ❤", "zero\u200bwidth", "soft\u00adhyphen", "bom\ufeffinside",
-    "rtl \u202eoverride\u202c", "combining a\u0308\u0323", "a\u0323\u0308", "\u0344 \u2126 \u212b", "control\x07bell", "line\r\nfeed",
-    "tab\tbed", "vertical\x0bform\x0c", "nul\x00byte", "\ufffd replacement", "\u2028 line \u2029 paragraph", "\u3000wide\u3000space",
-    "schÃ¶n â€œmojibakeâ€\x9d", "l’amour “curly” quotes…", "x" * 100, "supercalifragilisticexpialidocious", "aaaaAAAAaaaaAAAA",
-    "a " * 100, "tiger " * 75, "tiger " * 76, "word, " * 60, "😀" * 40, "字" * 90, "a <cat-toy> on a beach", "<cat-toy><cat-toy>_1",
-    "a<cat-toy>b <CAT-TOY>", "in MyStyle", "in mystyle, MYSTYLE", "MyStyles aMyStyle MyStyle,", " <cat-toy>  _1 ",
+    "", " ", "a", "!", "!!", "hello!", "a tiger", "A TIGER", "  a   tiger\t\n ", "a\u00a0tiger", "don't",
+    "DON'T they're", "a photo of an astronaut riding a horse on mars, highly detailed, 8k",
+    "(masterpiece:1.2), [blurry], {a|b}", "1girl, solo, long_hair", "3.14 + 2,718 = 5.86", "1234567890",
+    "50% off @ $9.99 #sale", "a/b\\c", "http://a.b/c?d=e&f", "&amp; &lt;b&gt; <b>bold</b>",
+    "snake_case CamelCase kebab-case", "it's the dog's, o'clock, we'll, I'm, I'd, I've", "<|startoftext|>",
+    "a <|endoftext|> b", "<|STARTOFTEXT|>", "|", "``quotes'' \"double\" 'single'", "...", "?!?!", "-- - –— ―",
+    "café", "cafe\u0301", "CAFÉ", "naïve façade", "Ångström", "smörgåsbord", "Zürich straße", "STRASSE ẞ",
+    "ÆØÅ æøå", "İstanbul ıŞĞ", "Łódź żółć", "čšž ČŠŽ", "tiếng Việt", "Ελληνικά", "ΣΊΣΥΦΟΣ σίσυφος", "Москва",
+    "МОСКВА ёлка й", "עברית", "العربية", "हिन्दी", "ไทย", "한국어", "ㅎㅏㄴ", "日本語のテキスト",
+    "カタカナ ｶﾀｶﾅ", "漢字", "一只猫", "a 猫 b", "中文，标点。", "全角ＡＢＣ１２３", "ﬁ ﬂ ligature",
+    "①②③ ½ ¼ x² H₂O", "Ⅷ ⅷ ㎏ №", "™ © ® € £ ¥ §", "→ ← ↔ ∞ ≠ ≤ √", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝓢", "😀", "😀😀 a 😀b", "👍🏽",
+    "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "🇩🇪🇯🇵", "❤️ ❤", "zero\u200bwidth", "soft\u00adhyphen",
+    "bom\ufeffinside", "rtl \u202eoverride\u202c", "combining a\u0308\u0323", "a\u0323\u0308",
+    "\u0344 \u2126 \u212b", "control\x07bell", "line\r\nfeed", "tab\tbed", "vertical\x0bform\x0c",
+    "nul\x00byte", "\ufffd replacement", "\u2028 line \u2029 paragraph", "\u3000wide\u3000space",
+    "schÃ¶n â€œmojibakeâ€\x9d", "l’amour “curly” quotes…", "x" * 100, "supercalifragilisticexpialidocious",
+    "aaaaAAAAaaaaAAAA", "a " * 100, "tiger " * 75, "tiger " * 76, "word, " * 60, "😀" * 40, "字" * 90,
+    "a <cat-toy> on a beach", "<cat-toy><cat-toy>_1", "a<cat-toy>b <CAT-TOY>", "in MyStyle",
+    "in mystyle, MYSTYLE", "MyStyles aMyStyle MyStyle,", " <cat-toy>  _1 ",
 ]  # fmt: skip
 
 SMALL = {
@@ -60,8 +64,8 @@ SMALL = {
                      cross_attention_dim=40, norm_num_groups=8, layers_per_block=2, sample_size=24,
                      use_linear_projection=True, upcast_attention=True),
         "vae": dict(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4),
-        "text": dict(hidden_size=40, intermediate_size=96, num_hidden_layers=3, num_attention_heads=5, hidden_act="gelu",
-                     bos_token_id=0, eos_token_id=2, pad_token_id=1, projection_dim=512),  # as published
+        "text": dict(hidden_size=40, intermediate_size=96, num_hidden_layers=3, num_attention_heads=5,
+                     hidden_act="gelu", bos_token_id=0, eos_token_id=2, pad_token_id=1),  # as published
     },
 }  # fmt: skip
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -165,8 +169,8 @@ def main(folder: Path) -> None:
             tokenizer.save_pretrained(str(place))
             ids[place.name] = token_ids(fast, place)
             others[place.name] = [p for p, a, b in zip(PROMPTS, token_ids(slow, place), ids[place.name]) if a != b]
-            if speed == "slow":  # what model_index.json names
-                tokenizer(PROMPTS[0], padding="max_length", max_length=77, truncation=True)  # as a pipeline that was used
+            if speed == "slow":  # the class that model_index.json names
+                tokenizer("used", padding="max_length", max_length=77, truncation=True)  # newer releases save that too
                 name = "sd1-added" if kind == "added" else kind
                 write_pipeline("sd2" if kind == "sd2" else "sd1", tokenizer, folder / name)
     facts = {
