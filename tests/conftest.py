@@ -58,16 +58,28 @@ def published_facts() -> dict:
     return json.loads(gzip.decompress((ROOT / "tests" / "data" / "checkpoints.json.gz").read_bytes()))
 
 
-BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # in the order in which the library lays tensors out
+# Bytes of a value, in the order in which the library lays tensors out.
+BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 
 
-def sparse_file(path: Path, rows: dict[str, tuple[list[int], str]]) -> Path:
+def published_rows(family: str, name: str, dtype: str | None = None) -> dict[str, tuple[list[int], str]]:
+    """name -> (shape, dtype) of every tensor of a published single file; `dtype` in place of float32."""
+    facts = published_facts()["single"][family]
+    groups = set(facts["files"][name]["groups"])
+    return {
+        n: (shape, (dtype or d) if d == "F32" else d)
+        for n, (shape, d, group) in facts["tensors"].items()
+        if group in groups
+    }
+
+
+def sparse_file(path: Path, rows: dict[str, tuple[list[int], str]], metadata: dict[str, str] | None = None) -> Path:
     """A safetensors file of {name: (shape, dtype)}, all zeros, with a true header and a body that takes no disk.
 
     As the safetensors library lays it out: by dtype, then by name; metadata first; the header padded with spaces to a
     multiple of 8.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     for name, (shape, dtype) in sorted(rows.items(), key=lambda row: (list(BYTES).index(row[1][1]), row[0])):
         size = BYTES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from conftest import TINY, published_facts, run, sparse_file
+from conftest import TINY, published_facts, published_rows, run, sparse_file
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -28,14 +28,8 @@ PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724}  # of the UNet
 
 
 def published(tmp_path, family, name, dtype=None, drop=()):
-    facts = FACTS["single"][family]
-    groups = set(facts["files"][name]["groups"])
-    rows = {
-        n: (shape, (dtype or d) if d == "F32" else d)
-        for n, (shape, d, group) in facts["tensors"].items()
-        if group in groups and not n.startswith(drop)
-    }
-    return sparse_file(tmp_path / name, rows)
+    rows = published_rows(family, name, dtype)
+    return sparse_file(tmp_path / name, {n: row for n, row in rows.items() if not n.startswith(drop)})
 
 
 SAFETENSORS = [(family, name) for family, name in SINGLE if name.endswith(".safetensors")]

@@ -116,7 +116,6 @@ DESCRIPTIVE = {
 }
 # Samplers that are at home here: DDIM and DDPM, and PNDM, which the published configs name.
 SAMPLERS = {"DDIMScheduler", "DDPMScheduler", "PNDMScheduler"}
-FEW_STEPS = {"LCMScheduler", "TCDScheduler"}
 
 # A source may be hostile. These bounds lie far above every published model and keep what is read before the first
 # strict comparison from filling the memory or taking minutes.
@@ -179,8 +178,6 @@ def read_schedule(path: Path) -> tuple[scheduler.ScheduleConfig, list[str]]:
     if kind not in SAMPLERS or spacing != config.timestep_spacing or switches:
         asked = ", ".join([kind.removesuffix("Scheduler"), spacing, *switches])
         notes.append(f"scheduler: asks for {asked}; MagicMix samples with DDIM, {config.timestep_spacing}")
-    if kind in FEW_STEPS:
-        notes.append(f"scheduler: {kind} is for models trained for few steps; more steps, or guidance, may look burnt")
     return config, notes
 
 

@@ -205,7 +205,7 @@ def part_tensors(part: str, files: list[Path]) -> dict[str, Tensor]:
 
 def left_over(where: Path, found: names.Split) -> list[str]:
     """A line on the tensors that a training left behind."""
-    left = found.leftovers()
+    left = sorted(found.leftovers())
     some = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
     return [f"{where}: {len(left)} tensors are left over from training and not read: {some}"] if left else []
 
