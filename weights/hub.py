@@ -41,7 +41,7 @@ def fetch(source: str, half: bool, ema: bool) -> Path:
         if is_refusal(error):
             raise CheckpointError(f"hub id {source!r}: {problem}; {fix}{hint(copy)}") from None
         if copy is None:
-            problem += f", and no whole copy of it is in the cache{others(repository, revision)}"
+            problem += f", and no whole copy of it is in the cache{others(repository, half, ema)}"
             raise CheckpointError(f"hub id {source!r}: {problem}; {fix}") from None
         if not isinstance(error, errors.OfflineModeIsEnabled):
             warnings.warn(f"hub id {source!r}: {problem}; the copy in the cache is used", stacklevel=2)
@@ -90,12 +90,15 @@ def obstacle(repository: str, revision: str, names: list[str], lacking: list[str
         problem = f"it holds single files only: {', '.join(single[:3])}{' ...' if len(single) > 3 else ''}"
     elif pickles:
         problem = f"it has pickles ({pickles[0]}) and no safetensors, and pickles run code when they are opened"
+    elif "" in places:
+        problem = "it has no model in the diffusers format, and no single file"
     else:
         problem = f"it lacks {', '.join(lacking)}"
     if single:
         at = "" if revision == "main" else f" --revision {revision}"
         return f"{problem}; give the path that 'hf download {repository} {single[0]}{at}' prints"
-    return f"{problem}; take another, or complete it in a folder and give that"
+    how = "write it as safetensors with diffusers' save_pretrained" if pickles else "make it whole in a folder"
+    return f"{problem}; take another, or {how} and give that"
 
 
 def download(repository: str, revision: str, commit: str, files: list) -> Path:
@@ -124,7 +127,7 @@ def download(repository: str, revision: str, commit: str, files: list) -> Path:
         if not is_sound(path, file):
             path.resolve().unlink()
             path.unlink(missing_ok=True)
-            raise CheckpointError(f"{file.rfilename} does not match its checksum and was deleted again; try again")
+            raise CheckpointError(f"{file.rfilename} does not match its checksum and was deleted; try again")
     folder = cached_folder(repository, commit)
     if cached_folder(repository, revision) != folder:
         get(repository, revision, CONFIG)  # its file is there by now; this writes down what the revision names
@@ -174,16 +177,18 @@ def hint(copy: Path | None) -> str:
     return "; HF_HUB_OFFLINE=1 uses the copy in the cache" if copy else ""
 
 
-def others(repository: str, revision: str) -> str:
-    """What else the cache has of a repository, in words."""
+def others(repository: str, half: bool, ema: bool) -> str:
+    """The revisions of a repository that the cache has whole copies of, for a message that the one asked for is none
+    of them."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
         found = [r for repo in scan_cache_dir().repos if repo.repo_id == repository for r in repo.revisions]
     except CacheNotFound:
         return ""
-    named = sorted({name for r in found for name in r.refs or {r.commit_hash}} - {revision})
-    return f", which has its {', '.join(named)}" if named else ""
+    named = sorted(name for r in found for name in r.refs or {r.commit_hash})
+    whole = [name for name in named if cached_copy(repository, name, half, ema)]
+    return f" (there is one of {', '.join(whole)})" if whole else ""
 
 
 # ----------------------------------------------------------------------------------------------------- what goes wrong
@@ -224,13 +229,13 @@ def explain(error: Exception, repository: str, revision: str, name: str = "") ->
         case errors.DisabledRepoError():
             return "it is closed", "take another"
         case errors.OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set", "unset it and connect once, or give a folder"
+            return "HF_HUB_OFFLINE is set", "unset it and connect once, or give a folder that is there"
         case errors.HfHubHTTPError() if status(error) == 401:
             return "the hub does not accept your token", f"{LOG_IN} again"
         case errors.HfHubHTTPError() if status(error) == 429:
             return "the hub is busy (429)", f"wait five minutes and try again, or {LOG_IN}, which gets you more"
         case errors.HfHubHTTPError() if status(error) >= 500:
-            return f"the hub is in trouble ({status(error)})", "try again later, or give a folder"
+            return f"the hub is in trouble ({status(error)})", "try again later, or give a folder that is there"
         case errors.HfHubHTTPError():
             return f"the hub refuses ({status(error)})", f"{LOG_IN} as someone with access, or take another"
         case errors.FileMetadataError() | ValueError() | TypeError() | KeyError() | AttributeError():
@@ -240,4 +245,4 @@ def explain(error: Exception, repository: str, revision: str, name: str = "") ->
             return place, "make room there or allow it, or set HF_HOME elsewhere"
     if name:
         return f"the download of {name} broke off ({type(error).__name__})", "try again"
-    return f"the hub cannot be reached ({type(error).__name__})", "connect once, or give a folder"
+    return f"the hub cannot be reached ({type(error).__name__})", "connect once, or give a folder that is there"

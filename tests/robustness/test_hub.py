@@ -230,7 +230,7 @@ REFUSALS = {
 }
 TROUBLES = {
     "busy": (says(429), "the hub is busy (429)", "; wait five minutes and try again, or log in"),
-    "down": (says(503), "the hub is in trouble (503)", "; try again later, or give a folder"),
+    "down": (says(503), "the hub is in trouble (503)", "; try again later, or give a folder that is there"),
     "page": (page, "is not the hub", "; sign in to this network, or check HF_ENDPOINT"),
 }
 
@@ -266,17 +266,17 @@ def test_an_unreachable_hub_is_one_line(hub):
     server.server_close()
     error = line(mix("one.png"), folder)
     problem = "the hub cannot be reached (ConnectError), and no whole copy of it is in the cache"
-    assert error == f"{problem}; connect once, or give a folder"
+    assert error == f"{problem}; connect once, or give a folder that is there"
 
 
 def test_offline(hub):
     """Without a copy, with a copy of another revision, and with one."""
     _, handler, mix, folder = hub
     none = "HF_HUB_OFFLINE is set, and no whole copy of it is in the cache"
-    fix = "; unset it and connect once, or give a folder"
+    fix = "; unset it and connect once, or give a folder that is there"
     assert line(mix("one.png", HF_HUB_OFFLINE="1"), folder) == none + fix
     assert mix("v1.png", f"{REPOSITORY}@v1").code == 0
-    assert line(mix("one.png", HF_HUB_OFFLINE="1"), folder) == f"{none}, which has its v1{fix}"
+    assert line(mix("one.png", HF_HUB_OFFLINE="1"), folder) == f"{none} (there is one of v1){fix}"
     done = mix("two.png", f"{REPOSITORY}@v1", HF_HUB_OFFLINE="1")
     assert done.code == 0 and "hub" not in done.err, done.err
     assert parameters(folder / "two.png")["nu"] == 0.2
@@ -301,7 +301,7 @@ FAILURES = {
     "no hub": (("HEAD", UNET, page), "is not the hub; sign in to this network, or check HF_ENDPOINT"),
     "cut": (("GET", UNET, cut), f"the download of {UNET} broke off (ReadError); try again"),
     "page": (("GET", VAE, page), f"the download of {VAE} broke off (OSError); try again"),
-    "weights": (("GET", VAE, flipped), f"{VAE} does not match its checksum and was deleted again; try again"),
+    "weights": (("GET", VAE, flipped), f"{VAE} does not match its checksum and was deleted; try again"),
     "config": (
         ("GET", "tokenizer_config.json", flipped),
         "tokenizer/tokenizer_config.json does not match its checksum",
@@ -361,16 +361,16 @@ LACKING = {
     "pickles": (
         lambda files: {n.replace(".safetensors", ".bin"): b for n, b in files.items()},
         "it has pickles (text_encoder/model.bin) and no safetensors, and pickles run code when they are opened; "
-        "take another, or complete it in a folder and give that",
+        "take another, or write it as safetensors with diffusers' save_pretrained and give that",
     ),
     "one pickle": (lambda files: {"v1-5.ckpt": b"a pickle"}, "it has pickles (v1-5.ckpt) and no safetensors, and "),
     "scheduler": (
         lambda files: {n: b for n, b in files.items() if "scheduler" not in n},
-        "it lacks scheduler/scheduler_config.json; take another, or complete it in a folder and give that",
+        "it lacks scheduler/scheduler_config.json; take another, or make it whole in a folder and give that",
     ),
     "vae": (
         lambda files: {n: b for n, b in files.items() if "vae" not in n},
-        f"it lacks vae/config.json, {VAE}; take another, or complete it in a folder and give that",
+        f"it lacks vae/config.json, {VAE}; take another, or make it whole in a folder and give that",
     ),
     "single": (
         lambda files: {"README.md": b"", "v1-5.safetensors": b"", "v1-5-pruned.ckpt": b""},
@@ -381,7 +381,10 @@ LACKING = {
         "it has pickles (text_encoder/model.bin) and no safetensors, and pickles run code when they are opened; "
         + SINGLE,
     ),
-    "another thing": (lambda files: {"config.json": b"{}", "model.gguf": b""}, "it lacks scheduler/scheduler_config"),
+    "another thing": (
+        lambda files: {"config.json": b"{}", "model.gguf": b""},
+        "it has no model in the diffusers format, and no single file; take another, ",
+    ),
 }
 
 
