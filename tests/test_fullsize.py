@@ -87,7 +87,6 @@ def test_both_formats_are_the_same_and_agree_with_diffusers(family, tmp_path):
     schedule = configs["scheduler/scheduler_config.json"]
     (tmp_path / "folder" / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     weights.load_tokenizer(None).save_pretrained(tmp_path / "folder" / "tokenizer")
-    write_slow_tokenizer(tmp_path / "folder" / "tokenizer")
     save_file(original_names(family, state), tmp_path / "single.safetensors")
     del state
 
@@ -113,12 +112,3 @@ def test_both_formats_are_the_same_and_agree_with_diffusers(family, tmp_path):
     }
     print(family, {name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) <= 1e-5
-
-
-def write_slow_tokenizer(folder):
-    """vocab.json and merges.txt, the files that the published tokenizers consist of."""
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    (folder / "tokenizer.json").unlink()

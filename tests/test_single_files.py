@@ -103,15 +103,8 @@ LOADS = {
     "SD2's new prefix": (SD2, lambda rows: renamed(rows, lambda n: n.replace(TEXT, "conditioner.embedders.0.")), []),
     "training leftovers": (
         SD1,
-        lambda rows: (
-            rows
-            | dict.fromkeys(
-                ("logvar", "scale_factor", "denoiser.sigmas", "ddim_sigmas", "epoch", "global_step"), ([], "F32")
-            )
-            | dict.fromkeys(("state_dict", "embedding_manager.initial", f"{VAE}loss.logvar"), ([], "F32"))
-            | {f"{VAE}model_ema.decay": ([], "F32")}
-        ),
-        [f"10 tensors are {LEFT}: logvar, scale_factor, denoiser.sigmas ..."],
+        lambda rows: rows | dict.fromkeys(LEFTOVERS, ([], "F32")),
+        [f"10 tensors are {LEFT}: ddim_sigmas, denoiser.sigmas, embedding_manager.initial ..."],
     ),
     "every name with state_dict.": (SD1, lambda rows: renamed(rows, lambda n: f"state_dict.{n}"), []),
     "averaged weights": (SD1, averaged, []),

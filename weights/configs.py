@@ -170,13 +170,11 @@ def read_schedule(path: Path) -> tuple[scheduler.ScheduleConfig, list[str]]:
             f"{path}: {kind} without beta_start and beta_end; use a model of SD 1 or SD 2, which has them"
         )
     config = to_config(path, "scheduler", found)
-    switches = [
-        f"{name} true" for name in ("set_alpha_to_one", "clip_sample", "thresholding") if found.get(name) is True
-    ]
-    spacing = str(found.get("timestep_spacing", config.timestep_spacing))
+    switches = [name for name in ("set_alpha_to_one", "clip_sample", "thresholding") if found.get(name) is True]
+    spacing = [str(found["timestep_spacing"])] if found.get("timestep_spacing") else []
     notes = []
-    if kind not in SAMPLERS or spacing != config.timestep_spacing or switches:
-        asked = ", ".join([kind.removesuffix("Scheduler"), spacing, *switches])
+    if kind not in SAMPLERS or spacing not in ([], [config.timestep_spacing]) or switches:
+        asked = ", ".join([kind.removesuffix("Scheduler"), *spacing, *(f"{name} true" for name in switches)])
         notes.append(f"scheduler: asks for {asked}; MagicMix samples with DDIM, {config.timestep_spacing}")
     return config, notes
 

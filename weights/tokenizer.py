@@ -54,8 +54,6 @@ def read_tokenizer(folder: Path, pad: str, length: int):
         tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **missing)
     except Exception as error:  # whatever the library trips over in files that are not what they are called
         raise CheckpointError(f"{folder} does not hold a CLIP tokenizer: {error!r}") from error
-    tokenizer.backend_tokenizer.no_padding()  # a tokenizer.json keeps how it was last called
-    tokenizer.backend_tokenizer.no_truncation()
     if tokenizer.model_max_length == UNSAID:
         tokenizer.model_max_length = length
     return tokenizer

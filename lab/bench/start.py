@@ -88,14 +88,7 @@ def write_checkpoint(folder: Path) -> None:
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((weights.TINY / name).read_bytes())
-    tokenizer = weights.load_tokenizer(None)
-    (folder / "tokenizer").mkdir()
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    config = json.loads((weights.TINY / "tokenizer" / "tokenizer_config.json").read_text())
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 77}))
+    weights.load_tokenizer(None).save_pretrained(folder / "tokenizer")
 
 
 def run(side: str, folder: Path) -> dict[str, float]:
