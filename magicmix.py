@@ -113,23 +113,26 @@ class Denoiser:
 
     def __post_init__(self):
         options.check({"prompt": self.prompt})
-        models, prompts = self.models, [self.options.negative, self.prompt]
-        self.context = clip.encode_prompts(models.tokenizer, models.text_encoder, prompts)  # (2, L, D)
-        models.check_finite("text_encoder", self.context, "the text states")
+        # With guidance 1 the prompt's prediction alone is left, so the negative prompt's is not computed.
+        models, negative = self.models, [] if self.options.guidance == 1 else [self.options.negative]
+        self.context = clip.encode_prompts(models.tokenizer, models.text_encoder, [*negative, self.prompt])
+        models.check_finite("text_encoder", self.context, "the text states")  # (2, L, D), or (1, L, D)
         self.token_weights = None
         if self.words:
             s = clip.token_weights(models.tokenizer, self.prompt, self.words)  # (L,)
             # (2, L): all 1 for the negative prompt
-            self.token_weights = torch.stack([torch.ones_like(s), s]).to(models.device)
+            self.token_weights = torch.stack([torch.ones_like(s) for _ in negative] + [s]).to(models.device)
 
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        count, o = len(x), self.options
-        t = torch.full((2 * count,), self.schedule.t[k], device=x.device)
+        count, halves, o = len(x), len(self.context), self.options
+        t = torch.full((halves * count,), self.schedule.t[k], device=x.device)
         context = self.context.repeat_interleave(count, dim=0)  # (2B, L, D)
         s = None if self.token_weights is None else self.token_weights.repeat_interleave(count, dim=0)  # (2B, L)
-        both = torch.cat([x, x]).to(self.models.dtype)  # (2B, 4, H, W): for the negative prompt, then for the prompt
-        e_uncond, e_cond = self.models.unet(both, t, context, s).float().chunk(2)  # samplers compute in float32
-        e = e_uncond + o.guidance * (e_cond - e_uncond)
+        both = torch.cat([x] * halves).to(self.models.dtype)  # (2B, 4, H, W): the negative prompt's, then the prompt's
+        e = self.models.unet(both, t, context, s).float()  # samplers compute in float32
+        if halves == 2:
+            e_uncond, e_cond = e.chunk(2)  # (B, 4, H, W) each
+            e = e_uncond + o.guidance * (e_cond - e_uncond)
         if o.sampler == "ddpm":
             x, x0 = self.schedule.ddpm(x, e, k, self.noise())
         else:

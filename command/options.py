@@ -198,7 +198,7 @@ class Options:
         "removes it; repeatable", metavar="WORD=S", unset="1 for all words", flags=("--token-weight", "--reweight"),
         former="reweight")
     steps: int = option(50, Number(1, 999, whole=True), "T, sampler steps from noise to clean")
-    guidance: float = option(7.5, Number(0, FINITE), "g of classifier-free guidance; 1 is none")
+    guidance: float = option(7.5, Number(0, FINITE), "g of classifier-free guidance; 1 is none, in half the time")
     negative: str = option("", Text(), "what to move away from, in place of the empty prompt", metavar="TEXT")
     sampler: str = option("ddim", Choice(("ddim", "ddpm")), "the sampler")
     eta: float = option(0.0, Number(0, 1), "DDIM's noise: 0 is deterministic")

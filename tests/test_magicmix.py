@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, relative_error
+from conftest import ROOT, TINY, relative_error, with_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +203,32 @@ def test_mixing_equals_an_independent_loop(models, layout, source, s, sampler, e
     # Ten guided steps amplify the rounding of the first, the more the more noise a sampler adds.
     assert errors[0] <= 1e-5 and max(errors) <= 1e-3
     assert same_pictures(grey(decode(models, ours[-1].x)), theirs)
+
+
+# --------------------------------------------------------------------------------------------------- the UNet's calls
+
+
+def counted(models, calls):
+    """The same models; each call's rows are added to the list."""
+    return with_unet(models, lambda x, *others: (calls.append(len(x)), models.unet(x, *others))[1])
+
+
+@pytest.mark.parametrize("words", [None, {"tiger": 0.5}])
+def test_guidance_1_computes_the_prompts_half_alone(models, layout, words):
+    """And gives the picture that both halves give at a guidance that is 1 but for rounding."""
+    calls, found = [], []
+    for guidance in (1.0, 1.0 + 1e-12):
+        options = dict(steps=10, guidance=guidance, seeds=[1, 2], token_weights=words, negative="a dog")
+        found.append(grey(decode(models, last(magicmix(counted(models, calls), "a tiger", layout, **options)).x)))
+    assert calls == [2] * 6 + [4] * 6
+    assert same_pictures(*found)
+
+
+def test_a_text_layout_asks_for_no_more_than_it_needs(models):
+    """T - K_min calls for the layout's own trajectory, and K_max for the content."""
+    calls = []
+    last(magicmix(counted(models, calls), "a tiger", "a car", steps=10, k_max=0.6, k_min=0.3, size=(64, 64)))
+    assert calls == [2] * (10 - 3 + 6)
 
 
 # ---------------------------------------------------------------------------------------------------- invariants
