@@ -431,7 +431,7 @@ CHECKPOINTS = {  # what is done to a copy of the embedded checkpoint, the line
     "another vocabulary": (one_token_more, "the tokenizer's ids reach to 5000, the text encoder's to 2421"),
     "only a pickle": (pickled, "holds only diffusion_pytorch_model.bin, a pickle, which runs code when it is opened"),
     "an index that leaves the folder": (sharded, "'../../secret.safetensors' is not a file name in that folder"),
-    "no tokenizer": (replaced("tokenizer", None), "vocab.json is missing; a CLIP tokenizer has it"),
+    "no tokenizer": (replaced("tokenizer", None), "checkpoint has no tokenizer folder, and its vocabulary is not CLIP's; get the folder as well"),
     "a tokenizer of nonsense": (replaced("tokenizer/vocab.json", "[]"), "does not hold a CLIP tokenizer"),
     "an absurd tokenizer": (replaced("tokenizer/more.json", b" " * (17 << 20)), "has 17,825,792 bytes"),
     "an endless prompt": (replaced("tokenizer/tokenizer_config.json", '{"model_max_length": 1000000000}'),
