@@ -9,7 +9,7 @@ k_max, k_min and nu set how much of the layout stays.
 from command import machine
 
 if __name__ == "__main__":
-    machine.end_on_signals()  # before torch's import, which Ctrl-C would abort with a traceback
+    machine.begin()  # before torch's import, which Ctrl-C would abort with a traceback
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

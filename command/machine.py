@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,11 +17,38 @@ from importlib.metadata import version
 TEMPORARY = set()  # files that are being written, to be cleared away when the process ends
 
 
+def begin() -> None:
+    """What a command does first, before torch is imported."""
+    end_on_signals()
+    let_threads_sleep()
+
+
+def let_threads_sleep() -> None:
+    """torch's threads sleep while they wait for each other; by default they spin, and beside another busy process they
+    then keep the one that they wait for from its core (lab/bench/busy.py). The OpenMP runtime reads this once, when
+    torch is imported. OMP_WAIT_POLICY or GOMP_SPINCOUNT, if the user has set one, stays as it is and wins."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def end_on_signals() -> None:
     """SIGINT and SIGTERM end the process at once, with 128 + the signal, as shells count. Not by an exception: in the
     middle of torch's start one would abort the process, and in a library's `__del__` it would be lost."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    # Python calls a handler between two of its own instructions, and one of torch's may take minutes. So the
+    # interpreter also writes the signal's number into this pipe, at once, and a thread reads it.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # signal.set_wakeup_fd asks for it
+    signal.set_wakeup_fd(writing)
+    threading.Thread(target=end_for_the_main_thread, args=(reading,), daemon=True).start()
+
+
+def end_for_the_main_thread(reading: int) -> None:
+    """Waits for a signal's number and ends the process unless its own handler does that first, as it does where it
+    can: no file is then being moved into its place meanwhile."""
+    number = os.read(reading, 1)[0]
+    time.sleep(0.2)
+    end(number, None)
 
 
 def end(number: int, _) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -307,3 +308,21 @@ def test_an_error_is_a_line_of_its_own(tmp_path):
     """Also one that only the first step finds, when a progress bar could be there already."""
     done = run("a tiger", "--layout-prompt", "a car", "--token-weight", "lion=2", cwd=tmp_path)
     assert done.code == 2 and done.err.startswith("magicmix: token weight: 'lion'") and done.err.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------- busy machines
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP runtime on Linux alone")
+@pytest.mark.parametrize("program", ["magicmix.py --help", "-c 'import lab, torch'"])
+@pytest.mark.parametrize(
+    ("set_by_the_user", "spins"),  # as often as the runtime then looks, before a thread sleeps; its own default: 300000
+    [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_waiting_threads_sleep(program, set_by_the_user, spins):
+    """As the OpenMP runtime itself reports, when torch's import starts it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= set_by_the_user | {"OMP_DISPLAY_ENV": "VERBOSE", "OMP_NUM_THREADS": "2"}
+    line = [sys.executable, *shlex.split(program)]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
