@@ -3,9 +3,12 @@
 Nothing slow is imported at the top: signals are handled before torch is there.
 """
 
+import contextlib
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 TEMPORARY = set()  # files that are being written, to be cleared away when the process ends
 
@@ -160,3 +164,14 @@ def choose_dtype(name: str | None, device):
 def versions() -> dict[str, str]:
     """The versions of what a picture's bytes depend on."""
     return {name: version(name) for name in ("torch", "transformers", "safetensors", "pillow", "numpy")}
+
+
+def version_lines() -> list[str]:
+    """What --version shows: the commit where this is a clone that git can be asked about, and what it runs on."""
+    clone, commit = Path(__file__).resolve().parents[1], ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (clone / ".git").exists():  # or git would name the commit of a repository around it
+            git = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    lines = [f"magicmix {commit or '(not a git clone)'}", f"Python {platform.python_version()}"]
+    return lines + [f"{name} {number}" for name, number in versions().items()]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -223,15 +224,16 @@ def test_help_lists_every_option_with_its_default(help_text):
     joined = lambda text: "".join(text.split())  # lines are wrapped, also at hyphens
     own = json.loads((TINY / "magicmix.json").read_text())
     literally = {
-        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.3; 0.15 with the embedded checkpoint]",
-        "nu": "[0.9; 0.7 with the embedded checkpoint]", "steps": "[50]", "sampler": "[ddim]", "eta": "[0.0]",
-        "guidance": "[7.5; 4.0 with the embedded checkpoint]", "seed": "[0]", "count": "[1]", "noise_row": "[0]",
+        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.15 with the embedded checkpoint, otherwise 0.3]",
+        "nu": "[0.7 with the embedded checkpoint, otherwise 0.9]", "steps": "[50]", "sampler": "[ddim]", "eta": "[0.0]",
+        "guidance": "[4.0 with the embedded checkpoint, otherwise 7.5]",
+        "seed": "[0]", "count": "[1]", "noise_row": "[0]",
         "size": "[the checkpoint's own]", "dtype": "[fp32 on a CPU, fp16 on a GPU]", "vae_dtype": "[fp32]",
         "noise": "[drawn from the seed]", "keep_noise": "[not written]", "weights": "[the embedded one]",
         "device": "[auto]", "prediction": "[auto]", "token_weights": "[1 for all words]", "vae": "[the checkpoint's]",
     }  # fmt: skip
     fields = dataclasses.fields(options.Options)
-    assert len(fields) == 30
+    assert len(fields) == 32
     for field in fields:
         name = "token_weight" if field.name == "token_weights" else field.name
         flag = name if name == "prompt" else f"--{name.replace('_', '-')}"
@@ -239,12 +241,34 @@ def test_help_lists_every_option_with_its_default(help_text):
         assert joined(field.metadata["help"]) in entry
         assert joined(literally.get(field.name, "")) in entry
         if field.default not in (None, "", False):
-            another = own.get(field.name, field.default) != field.default
-            default = f"[{field.default};{own[field.name]}with" if another else f"[{field.default}]"
+            default = f"[{field.default}]"
+            if own.get(field.name, field.default) != field.default:
+                default = f"[{own[field.name]}withtheembeddedcheckpoint,otherwise{field.default}]"
             assert default in entry, entry
         elif field.name not in literally:
             assert "[" not in entry, entry
     assert "--reweight WORD=S" in listed
+
+
+def test_help_ends_with_examples_that_can_be_parsed(help_text):
+    lines = help_text[help_text.index("\nexamples:\n") :].splitlines()[2:]
+    assert len(lines) == 5
+    for line in lines:
+        program, script, *typed = shlex.split(line)
+        assert (program, script) == ("python", "magicmix.py")
+        given = options.parse(typed, "", {})
+        options.check(given)
+        assert "layout" not in given or (ROOT / given["layout"]).is_file()
+
+
+def test_version_names_the_commit_and_the_libraries(tmp_path):
+    code, out, error = run("--version", cwd=tmp_path)
+    assert (code, error) == (0, "")
+    first, *rest = out.splitlines()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    known = (ROOT / ".git").exists() and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert first == f"magicmix {known or '(not a git clone)'}"
+    assert rest == [f"Python {platform.python_version()}", *(f"{name} {v}" for name, v in versions().items())]
 
 
 # ----------------------------------------------------------------------------------------------- too few steps
@@ -314,7 +338,7 @@ def test_an_error_is_a_line_of_its_own(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP runtime on Linux alone")
-@pytest.mark.parametrize("program", ["magicmix.py --help", "-c 'import lab, torch'"])
+@pytest.mark.parametrize("program", ["magicmix.py --version", "-c 'import lab, torch'"])
 @pytest.mark.parametrize(
     ("set_by_the_user", "spins"),  # as often as the runtime then looks, before a thread sleeps; its own default: 300000
     [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "7"}, "7")],

@@ -7,13 +7,20 @@ from weights.describe import describe
 
 
 def show(source: str) -> None:
+    """Prints the description."""
     for line in describe(source):
         print(machine.printable(line))
 
 
+USAGE = "usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)"
+
+
 def main() -> int:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(f"{USAGE}\n\n{__doc__}")
+        return 0
     if len(sys.argv) != 2:
-        print("usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     return machine.run("weights", lambda: show(sys.argv[1]))
 

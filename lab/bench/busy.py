@@ -3,8 +3,8 @@
     python -m lab.bench.busy [--repeats 5]
 
 The policies are environment variables that the OpenMP runtime reads when torch is imported; torch's wheels for Linux
-bring GNU's (libgomp). Each run is a process of its own: the embedded checkpoint mixes a picture with a prompt in Python,
-on as many threads as there are cores. In each situation the policies take turns:
+bring GNU's (libgomp). Each run is a process of its own: the embedded checkpoint mixes a picture with a prompt in
+Python, on as many threads as there are cores. In each situation the policies take turns:
 
     alone             nothing else is started
     beside a loop     another process keeps one core busy
@@ -84,9 +84,9 @@ def main() -> None:
             ratios = sorted(r[name] / r["default"] for r in rounds)
             spread = f"{statistics.median(ratios):8.2f}   {ratios[0]:.2f} .. {ratios[-1]:.2f}"
             print(f"  {name:24}{statistics.median(r[name] for r in rounds):9.2f}{spread}", flush=True)
-    threads = {name: digests for name, digests in pictures.items() if name != "OMP_NUM_THREADS=1"}
-    same = len(set().union(*threads.values())) == 1
-    print(f"pictures of all policies but one thread (which rounds otherwise): {'identical' if same else 'NOT identical'}")
+    one_thread = pictures.pop("OMP_NUM_THREADS=1")  # rounds otherwise
+    same = len(one_thread) == len(set().union(*pictures.values())) == 1
+    print(f"the pictures of all policies, but for one thread, are {'identical' if same else 'NOT identical'}")
 
 
 if __name__ == "__main__":
