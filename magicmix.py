@@ -196,6 +196,7 @@ def magicmix(
     schedule = Schedule(models.schedule, o.steps)
     K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
     size = models.latent_size(pictures.size_of(layout) if isinstance(layout, Tensor) else o.size)
+    models.warn_if_untrained(size, prompt, layout, o.negative)
     noise = noise or Noise(seeds, size, models.device)
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
@@ -220,7 +221,9 @@ def text_to_image(
     o = options.of_mix(models.defaults, given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
-    noise = noise or Noise(seeds, models.latent_size(o.size), models.device)
+    size = models.latent_size(o.size)
+    models.warn_if_untrained(size, prompt, o.negative)
+    noise = noise or Noise(seeds, size, models.device)
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     yield from trajectory(content, eps, o.steps, 0, "content")
@@ -241,6 +244,8 @@ def decode(models: Checkpoint, x: Tensor) -> list[Image]:
 def make(asked: dict) -> None:
     """Does what the command line asks for. Raises ValueError or OSError for what is wrong with it, before the
     checkpoint is loaded where that is possible, else before the first step; and what `magicmix` raises."""
+    if asked.get("concepts"):
+        return machine.show(weights.words(asked.get("weights", weights.TINY)))
     r = request.read(asked)
     models = weights.load(**r.loading())
     r.check_checkpoint(models.identity)

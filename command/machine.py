@@ -74,6 +74,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def show(lines: list[str]) -> None:
+    """Prints text that may come from a file."""
+    for line in lines:
+        print(printable(line))
+
+
 def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool = False) -> int:
     """Runs a command and returns its exit code: 0, or 2 after one line on stderr for input that cannot be used.
 

@@ -9,6 +9,7 @@ device, so a load reads the files once and keeps no second copy, unless a dtype 
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import clip
 import scheduler
 import unet
 import vae
-from weights import hub
+from weights import concepts, hub
 from weights.files import (
     FLOATS,
     PICKLES,
@@ -34,7 +35,7 @@ from weights.files import (
 )
 from weights.tokenizer import load_tokenizer
 
-__all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "load_tokenizer", "own_options"]
+__all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "load_tokenizer", "own_options", "words"]
 
 TINY = Path(__file__).parent / "tiny"
 DAMAGED = "get the file again if it is damaged, or compute in float32 if that is finite"
@@ -52,6 +53,7 @@ class Checkpoint:
         schedule: the noise schedule's config.
         device, dtype: where the models compute, and in what the text encoder and the UNet do.
         own_options: those of a mix, from the checkpoint's magicmix.json.
+        concepts: the lists of words that it was trained on, from its concepts.json; none where it has none.
         identity: part -> fingerprint of its weights, and "configs" -> that of all configs in the files.
     """
 
@@ -63,6 +65,7 @@ class Checkpoint:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     own_options: dict = dataclasses.field(default_factory=dict)
+    concepts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -84,6 +87,20 @@ class Checkpoint:
         if height % factor or width % factor or min(size) < factor:
             raise ValueError(f"size {width}x{height} does not fit; both sides must be multiples of {factor}")
         return height // factor, width // factor
+
+    def warn_if_untrained(self, latent_size: tuple[int, int], *texts: object) -> None:
+        """Warns (UserWarning) of a size that is not the model's, and of words that it says it was not trained on.
+
+        Args:
+            latent_size: (H, W) of the latents.
+            texts: the prompts; what is no text among them, as a layout may be, is passed over.
+        """
+        size = tuple(side * self.vae.config.factor for side in latent_size)
+        if size not in (self.size, tuple(self.defaults["size"])):
+            own, asked = (f"{width}x{height}" for height, width in (self.size, size))
+            warnings.warn(f"size {asked}: this checkpoint was trained at {own}; expect worse pictures", stacklevel=2)
+        if line := concepts.warning(self.concepts, [text for text in texts if isinstance(text, str)]):
+            warnings.warn(line, stacklevel=2)
 
     def check_finite(self, part: str, result: Tensor, what: str) -> None:
         """Raises when `result`, computed by a part, holds NaN or Inf: CheckpointError that names the first tensor of
@@ -267,6 +284,7 @@ def load(
         device=device,
         dtype=dtype,
         own_options=opened.own_options,
+        concepts=opened.concepts,
         identity=identity,
     )
 
@@ -281,6 +299,12 @@ def open_source(source: str | Path, half: bool, ema: bool) -> Source:
     if hub.HUB_ID.fullmatch(str(source)):
         return open_folder(hub.fetch(str(source), half, ema), half, ema)
     raise CheckpointError(f"weights {str(source)!r} is no folder, no .safetensors file and no hub id")
+
+
+def words(source: str | Path) -> list[str]:
+    """The words that a checkpoint was trained on, in lines to print. Raises CheckpointError."""
+    known = open_source(source, half=False, ema=True).concepts
+    return concepts.lines(known) or [f"{source} does not say which words it was trained on"]
 
 
 def check_together(source: Source, tokenizer, where: str) -> None:

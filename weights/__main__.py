@@ -6,12 +6,6 @@ from command import machine
 from weights.describe import describe
 
 
-def show(source: str) -> None:
-    """Prints the description."""
-    for line in describe(source):
-        print(machine.printable(line))
-
-
 USAGE = "usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)"
 
 
@@ -22,7 +16,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         print(USAGE, file=sys.stderr)
         return 2
-    return machine.run("weights", lambda: show(sys.argv[1]))
+    return machine.run("weights", lambda: machine.show(describe(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Describes a checkpoint without computing anything with it.
 
-The lines give the format, the family, the prediction type and how it is known, each part's
-tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file with the published
+The lines give the format, the family, the prediction type and how it is known, the words that the checkpoint says it
+knows, each part's tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file with the published
 release that it equals (releases.json), what holds NaN or Inf, and what is missing. Networks are built on the meta
 device, without storage, to know which tensors they ask for.
 """
@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from weights import MODELS, build, files, names, not_finite, open_source
+from weights import MODELS, build, concepts, files, names, not_finite, open_source
 
 
 def ignored(source: files.Source) -> Counter:
@@ -48,6 +48,7 @@ def describe(given: str) -> list[str]:
         "": "not in the file; probed when it is loaded, or --prediction",
     }[source.prediction]
     lines = [f"format       {source.format}", f"family       {family}", f"prediction   {known}"]
+    lines += concepts.lines(source.concepts)
     missing = []
     for part in MODELS:
         tensors, expected = source.tensors[part], build(part, source.configs[part]).state_dict()

@@ -76,6 +76,7 @@ class Source:
         tokenizer: the folder of the tokenizer's files; None for the embedded CLIP vocabulary.
         prediction: how the prediction type is known: "config", "family" (SD1), or "" when it must be probed.
         own_options: those in magicmix.json, if it is there.
+        concepts: the lists of words in concepts.json, if it is there.
     """
 
     format: str
@@ -85,6 +86,7 @@ class Source:
     tokenizer: Path | None
     prediction: str
     own_options: dict
+    concepts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
 def read_json(path: Path) -> dict:
@@ -212,6 +214,16 @@ def own_options(folder: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
+def own_concepts(folder: Path) -> dict[str, list[str]]:
+    """The lists of words in a checkpoint's concepts.json; none where there is no such file. Raises CheckpointError."""
+    path = folder / "concepts.json"
+    found = read_json(path) if path.exists() else {}
+    for name, words in found.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+            raise CheckpointError(f"{path}: {name} must be a list of words")
+    return found
+
+
 def open_folder(folder: Path, half: bool, ema: bool) -> Source:
     """A folder in the diffusers format. Raises CheckpointError."""
     index = folder / "model_index.json"
@@ -232,6 +244,7 @@ def open_folder(folder: Path, half: bool, ema: bool) -> Source:
         tokenizer=folder / "tokenizer",
         prediction="config",
         own_options=own_options(folder),
+        concepts=own_concepts(folder),
     )
 
 

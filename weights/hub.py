@@ -16,7 +16,7 @@ def fetch(source: str, half: bool, ema: bool) -> Path:
 
     m = HUB_ID.fullmatch(source)
     repository, revision = m["id"], m["revision"]
-    small = ["model_index.json", "magicmix.json", "scheduler/scheduler_config.json", "tokenizer/*"]
+    small = ["model_index.json", "magicmix.json", "concepts.json", "scheduler/scheduler_config.json", "tokenizer/*"]
     small += [f"{part}/config.json" for part in STEMS]
     try:
         facts = HfApi().model_info(repository, revision=revision, timeout=10)
