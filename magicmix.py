@@ -26,7 +26,7 @@ from command import noise as noise_files
 from command import options, pictures, request
 from command.options import Options
 from scheduler import Schedule
-from weights import Checkpoint
+from weights import Checkpoint, memory
 
 Draw = Callable[[], Tensor]  # one draw of standard normal noise (B, 4, H, W) per call
 
@@ -221,9 +221,8 @@ def text_to_image(
     o = options.of_mix(models.defaults, given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
-    size = models.latent_size(o.size)
-    models.warn_if_untrained(size, prompt, o.negative)
-    noise = noise or Noise(seeds, size, models.device)
+    models.warn_if_untrained(models.latent_size(o.size), prompt, o.negative)
+    noise = noise or Noise(seeds, models.latent_size(o.size), models.device)
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     yield from trajectory(content, eps, o.steps, 0, "content")
@@ -250,21 +249,20 @@ def make(asked: dict) -> None:
     models = weights.load(**r.loading())
     r.check_checkpoint(models.identity)
     o = options.of_mix(models.defaults, r.mixing())
-    noise = r.noise_of(Noise(r.seeds, models.latent_size(o.size), models.device))
+    size = models.latent_size(o.size)
+    machine.check_memory(memory.decoding_bytes(models.vae, size, len(r.seeds)), models.device)
+    noise = r.noise_of(Noise(r.seeds, size, models.device))
     layout = pictures.fit(r.layout.picture, o.size).to(models.device) if r.layout else r["layout_prompt"]
     clip.token_weights(models.tokenizer, r["prompt"], o.token_weights or {})  # a wrong word shows before the bar
     r.tell(*pictures.changes(r.layout, o.size))
-    for name in ("prompt", "layout_prompt", "negative"):
-        if unread := clip.cut_off(models.tokenizer, r[name] or ""):
-            r.tell(f"{name}: beyond {models.tokenizer.model_max_length} tokens, cut off: {machine.one_line(unread)}")
+    unread = {name: clip.cut_off(models.tokenizer, text) for name, text in r.prompts().items()}
+    r.tell(*r.cut_off(unread, models.tokenizer.model_max_length))
     steps = magicmix(models, r["prompt"], layout, noise=noise, **o.only(options.MIXING))
     last = machine.follow(steps, o.K_max if r.layout else o.K_max + o.steps - o.K_min, r["quiet"])
     x = last.x if last else models.vae.encode(layout).expand_as(noise.eps)  # K_max = 0: the layout itself
     if r["keep_noise"]:
         noise_files.write(r["keep_noise"], noise.eps)
-    for row, picture in enumerate(decode(models, x)):
-        pictures.save(picture, r.paths[row], r.metadata(row, o, models))
-        r.tell(r.paths[row])
+    r.save(decode(models, x), o, models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

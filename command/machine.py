@@ -110,14 +110,19 @@ def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool
 
 
 def follow(steps: Iterator, total: int, quiet: bool):
-    """Runs a generator of Steps under a progress bar that names the phase; returns the last, None if there was none."""
+    """Runs a generator of Steps under a progress bar that names the phase; returns the last, None if there was none.
+    After the first step the bar shows the time that is left; a line says so where that is more than a minute."""
     from tqdm import tqdm
 
-    last = None
+    last, began = None, time.monotonic()
     with tqdm(total=total, disable=quiet, unit="step") as bar:
-        for last in steps:
+        for done, last in enumerate(steps, start=1):
             bar.set_description(last.phase)
             bar.update()
+            took = time.monotonic() - began
+            if done == 1 and took * (total - 1) > 60 and not quiet:
+                left = took * (total - 1) / 60
+                say(f"magicmix: the first step took {took:.0f} s; about {left:,.0f} min for the {total - 1} others")
     return last
 
 
@@ -141,6 +146,30 @@ def choose_device(name: str):
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used ({reason}); use cpu, or auto for what is there") from error
     return torch.device(name)
+
+
+def check_memory(needed: int, device) -> None:
+    """Raises ValueError when so many bytes are more than the device has free."""
+    free = free_memory(device)
+    if needed > free:
+        amounts = f"at least {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
+        raise ValueError(f"decoding the pictures needs {amounts}; a smaller --size or --count needs less")
+
+
+def free_memory(device) -> int:
+    """The bytes that can still be used on a torch.device, or more: swap counts, as what fits must not be refused."""
+    import torch
+
+    if device.type == "cuda":  # what torch holds in reserve is free for it as well
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # Linux alone has it
+        text = Path("/proc/meminfo").read_text()
+        found = [1024 * sum(int(kb) for kb in re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB", text, re.MULTILINE))]
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, where there is one ("max" otherwise)
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
 
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

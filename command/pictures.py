@@ -111,13 +111,15 @@ def to_images(y: Tensor) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------------------ the output
 
 
-def output_paths(output: str | Path, seeds: range) -> list[Path]:
-    """Where the picture of each seed goes: `output` itself for one seed, otherwise with the seed in the name. Raises
-    ValueError or OSError when no picture can be written there, before there is one."""
+def output_paths(output: str | Path, seeds: range, sheet: bool = False) -> list[Path]:
+    """Where the picture of each seed goes: `output` itself for one seed, otherwise with the seed in the name; and last
+    the contact sheet, if there is to be one. Raises ValueError or OSError when no picture can be written there, before
+    there is one."""
     path = Path(output)
     if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:
         raise ValueError(f"output {str(path)!r} would hold a PNG; let its name end in .png")
     paths = [path] if len(seeds) == 1 else [path.with_name(f"{path.stem}-{s}{path.suffix}") for s in seeds]
+    paths += [path.with_name(f"{path.stem}-sheet{path.suffix}")] if sheet else []
     for path in paths:
         check_writable(path, "output")
     return paths
@@ -162,10 +164,11 @@ def replace(path: Path, what: str, write) -> None:
         machine.TEMPORARY.discard(temporary)
 
 
-def save(picture: Image.Image, path: Path, metadata: dict) -> None:
-    """Writes a PNG with the metadata as its text "magicmix", in JSON. Raises OSError."""
+def save(picture: Image.Image, path: Path, metadata: dict | None) -> None:
+    """Writes a PNG with the metadata, if there is any, as its text "magicmix", in JSON. Raises OSError."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
+    if metadata is not None:
+        info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
     replace(path, "output", lambda file: picture.save(file, format="PNG", pnginfo=info))
 
 

@@ -5,7 +5,6 @@ import sys
 from command import machine
 from weights.describe import describe
 
-
 USAGE = "usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)"
 
 

@@ -1,4 +1,4 @@
-"""The words that a checkpoint was trained on, where it says so: concepts.json in its folder, an object of lists of words.
+"""The words that a checkpoint was trained on, where it says so: concepts.json in its folder, named lists of words.
 
 Models that have seen the whole web need no such list. A small one draws a blob for a word that it has never seen, and
 this is how its users are told.

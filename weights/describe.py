@@ -1,9 +1,9 @@
 """Describes a checkpoint without computing anything with it.
 
 The lines give the format, the family, the prediction type and how it is known, the words that the checkpoint says it
-knows, each part's tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file with the published
-release that it equals (releases.json), what holds NaN or Inf, and what is missing. Networks are built on the meta
-device, without storage, to know which tensors they ask for.
+knows, each part's tensors, parameters and dtype, averaged weights, what is ignored and why, the sha256 of each file
+with the published release that it equals (releases.json), what holds NaN or Inf, and what is missing. Networks are
+built on the meta device, without storage, to know which tensors they ask for.
 """
 
 import hashlib

@@ -645,6 +645,8 @@ def test_outputs_that_cannot_be(tmp_path):
         "/proc/mix.png": "output folder '/proc' cannot be written to",  # not even by root
     }.items():
         refused(*MIX, "-o", output, cwd=tmp_path, message=message)
+    (tmp_path / "v-sheet.png").mkdir()
+    refused(*MIX, "--sheet", "-o", "v.png", cwd=tmp_path, message="output 'v-sheet.png' is not a file")
     refused(*MIX, "-o", "mix.png/mix.png", cwd=tmp_path, message="output folder 'mix.png' does not exist")
 
 
