@@ -41,6 +41,23 @@ def test_the_embedded_list_is_what_it_was_trained_on():
     assert words == {word for entries in KNOWN.values() for word in entries}, "nothing is listed that captions lack"
 
 
+def test_the_readme_says_what_it_can_draw():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    counts = {name: len(words) for name, words in KNOWN.items()}
+    assert (counts["concepts"], counts["colours"], counts["styles"]) == (138, 10, 4)
+    assert "one of 138 things, in ten colours and four styles, mostly on white, at 128 x 128 pixels" in text
+
+
+def test_the_readme_asks_of_it_only_what_it_knows():
+    """Every command and call in the README and docs/usage.md, unless it names another checkpoint."""
+    lines = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/usage.md")).splitlines()
+    commands = [line for line in lines if re.search(r'magicmix\.py "|magicmix\(models, "', line)]
+    prompts = {" ".join(re.findall(r'"([^"-]+)"', line)): "--weights" in line for line in commands}
+    assert len(prompts) >= 5 and list(prompts.values()).count(True) == 1
+    for words, is_public in prompts.items():
+        assert bool(concepts.unknown(KNOWN, [re.sub(r"[\w-]+\.png", "", words)])) == is_public, words
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
