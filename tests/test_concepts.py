@@ -52,10 +52,10 @@ def test_the_readme_asks_of_it_only_what_it_knows():
     """Every command and call in the README and docs/usage.md, unless it names another checkpoint."""
     lines = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/usage.md")).splitlines()
     commands = [line for line in lines if re.search(r'magicmix\.py "|magicmix\(models, "', line)]
-    prompts = {" ".join(re.findall(r'"([^"-]+)"', line)): "--weights" in line for line in commands}
-    assert len(prompts) >= 5 and list(prompts.values()).count(True) == 1
-    for words, is_public in prompts.items():
-        assert bool(concepts.unknown(KNOWN, [re.sub(r"[\w-]+\.png", "", words)])) == is_public, words
+    assert len(commands) >= 5 and 0 < sum("--weights" in line for line in commands) < len(commands)
+    for line in commands:
+        prompts = re.findall(r'"([^"-]+)"', line)
+        assert bool(concepts.unknown(KNOWN, prompts)) == ("--weights" in line), line
 
 
 @pytest.mark.parametrize(
