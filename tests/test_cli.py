@@ -342,7 +342,7 @@ def test_steps_that_start_from_noise_are_not_warned_of(steps, tmp_path, capsys):
 
 
 def test_the_warning_in_the_real_command(tmp_path):
-    few = ["a tiger", "--layout-prompt", "a car", "--steps", "1", "--size", "16"]
+    few = ["a tiger", "--layout-prompt", "a car", "--steps", "1"]
     done = run(*few, cwd=tmp_path)
     lines = [line for line in done.err.splitlines() if "magicmix" in line]
     assert done.code == 0 and len(lines) == 1 and lines[0].startswith("magicmix: steps 1: denoising from noise")
@@ -353,7 +353,7 @@ def test_the_warning_in_python(models, recwarn):
     for steps in (magicmix.magicmix(models, "a tiger", "a car", steps=1), magicmix.text_to_image(models, "a", steps=1)):
         with pytest.warns(UserWarning, match="steps 1: denoising from noise starts at timestep 1"):
             next(steps)
-    next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, 16, 16), steps=1, k_max=1.0))
+    next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, 128, 128), steps=1, k_max=1.0))
     assert not recwarn.list
 
 
