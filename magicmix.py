@@ -9,7 +9,7 @@ k_max, k_min and nu set how much of the layout stays.
 from command import machine
 
 if __name__ == "__main__":
-    machine.end_on_signals()  # before torch's import, which Ctrl-C would abort with a traceback
+    machine.begin()  # before torch's import, which Ctrl-C would abort with a traceback
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from command import noise as noise_files
 from command import options, pictures, request
 from command.options import Options
 from scheduler import Schedule
-from weights import Checkpoint
+from weights import Checkpoint, memory
 
 Draw = Callable[[], Tensor]  # one draw of standard normal noise (B, 4, H, W) per call
 
@@ -199,6 +199,7 @@ def magicmix(
     schedule = Schedule(models.schedule, o.steps)
     K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
     size = models.latent_size(pictures.size_of(layout) if isinstance(layout, Tensor) else o.size)
+    models.warn_if_untrained(size, prompt, layout, o.negative)
     noise = noise or Noise(seeds, size, models.device)
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
@@ -223,6 +224,7 @@ def text_to_image(
     o = options.of_mix(models.defaults, given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
+    models.warn_if_untrained(models.latent_size(o.size), prompt, o.negative)
     noise = noise or Noise(seeds, models.latent_size(o.size), models.device)
     eps = noise_files.checked(noise())
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
@@ -244,26 +246,27 @@ def decode(models: Checkpoint, x: Tensor) -> list[Image]:
 def make(asked: dict) -> None:
     """Does what the command line asks for. Raises ValueError or OSError for what is wrong with it, before the
     checkpoint is loaded where that is possible, else before the first step; and what `magicmix` raises."""
+    if asked.get("concepts"):
+        return machine.show(weights.words(asked.get("weights", weights.TINY)))
     r = request.read(asked)
     models = weights.load(**r.loading())
     r.check_checkpoint(models.identity)
     r.tell(*models.notes)
     o = options.of_mix(models.defaults, r.mixing())
-    noise = r.noise_of(Noise(r.seeds, models.latent_size(o.size), models.device))
+    size = models.latent_size(o.size)
+    machine.check_memory(memory.decoding_bytes(models.vae, size, len(r.seeds)), models.device)
+    noise = r.noise_of(Noise(r.seeds, size, models.device))
     layout = pictures.fit(r.layout.picture, o.size).to(models.device) if r.layout else r["layout_prompt"]
     clip.token_weights(models.tokenizer, r["prompt"], o.token_weights or {})  # a wrong word shows before the bar
     r.tell(*pictures.changes(r.layout, o.size))
-    for name in ("prompt", "layout_prompt", "negative"):
-        if unread := clip.cut_off(models.tokenizer, r[name] or ""):
-            r.tell(f"{name}: beyond {models.tokenizer.model_max_length} tokens, cut off: {machine.one_line(unread)}")
+    unread = {name: clip.cut_off(models.tokenizer, text) for name, text in r.prompts().items()}
+    r.tell(*r.cut_off(unread, models.tokenizer.model_max_length))
     steps = magicmix(models, r["prompt"], layout, noise=noise, **o.only(options.MIXING))
     last = machine.follow(steps, o.K_max if r.layout else o.K_max + o.steps - o.K_min, r["quiet"])
     x = last.x if last else models.vae.encode(layout).expand_as(noise.eps)  # K_max = 0: the layout itself
     if r["keep_noise"]:
         noise_files.write(r["keep_noise"], noise.eps)
-    for row, picture in enumerate(decode(models, x)):
-        pictures.save(picture, r.paths[row], r.metadata(row, o, models))
-        r.tell(r.paths[row])
+    r.save(decode(models, x), o, models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,16 +3,35 @@
 Nothing slow is imported at the top: signals are handled before torch is there.
 """
 
+import contextlib
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 TEMPORARY = set()  # files that are being written, to be cleared away when the process ends
+
+
+def begin() -> None:
+    """What a command does first, before torch is imported."""
+    end_on_signals()
+    let_threads_sleep()
+
+
+def let_threads_sleep() -> None:
+    """torch's threads sleep while they wait for each other; by default they spin, and beside another busy process they
+    then keep the one that they wait for from its core (lab/bench/busy.py). The OpenMP runtime reads this once, when
+    torch is imported. OMP_WAIT_POLICY or GOMP_SPINCOUNT, if the user has set one, stays as it is and wins."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def end_on_signals() -> None:
@@ -20,6 +39,20 @@ def end_on_signals() -> None:
     middle of torch's start one would abort the process, and in a library's `__del__` it would be lost."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    # Python calls a handler between two of its own instructions, and one of torch's may take minutes. So the
+    # interpreter also writes the signal's number into this pipe, at once, and a thread reads it.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # signal.set_wakeup_fd asks for it
+    signal.set_wakeup_fd(writing)
+    threading.Thread(target=end_for_the_main_thread, args=(reading,), daemon=True).start()
+
+
+def end_for_the_main_thread(reading: int) -> None:
+    """Waits for a signal's number and ends the process unless its own handler does that first, as it does where it
+    can: no file is then being moved into its place meanwhile."""
+    number = os.read(reading, 1)[0]
+    time.sleep(0.2)
+    end(number, None)
 
 
 def end(number: int, _) -> None:
@@ -39,6 +72,12 @@ def one_line(text: object) -> str:
 def printable(text: str) -> str:
     """Text with its control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show(lines: list[str]) -> None:
+    """Prints text that may come from a file."""
+    for line in lines:
+        print(printable(line))
 
 
 def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool = False) -> int:
@@ -71,14 +110,19 @@ def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool
 
 
 def follow(steps: Iterator, total: int, quiet: bool):
-    """Runs a generator of Steps under a progress bar that names the phase; returns the last, None if there was none."""
+    """Runs a generator of Steps under a progress bar that names the phase; returns the last, None if there was none.
+    After the first step the bar shows the time that is left; a line says so where that is more than a minute."""
     from tqdm import tqdm
 
-    last = None
+    last, began = None, time.monotonic()
     with tqdm(total=total, disable=quiet, unit="step") as bar:
-        for last in steps:
+        for done, last in enumerate(steps, start=1):
             bar.set_description(last.phase)
             bar.update()
+            took = time.monotonic() - began
+            if done == 1 and took * (total - 1) > 60 and not quiet:
+                left = took * (total - 1) / 60
+                say(f"magicmix: the first step took {took:.0f} s; about {left:,.0f} min for the {total - 1} others")
     return last
 
 
@@ -102,6 +146,30 @@ def choose_device(name: str):
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used ({reason}); use cpu, or auto for what is there") from error
     return torch.device(name)
+
+
+def check_memory(needed: int, device) -> None:
+    """Raises ValueError when so many bytes are more than the device has free."""
+    free = free_memory(device)
+    if needed > free:
+        amounts = f"at least {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
+        raise ValueError(f"decoding the pictures needs {amounts}; a smaller --size or --count needs less")
+
+
+def free_memory(device) -> int:
+    """The bytes that can still be used on a torch.device, or more: swap counts, as what fits must not be refused."""
+    import torch
+
+    if device.type == "cuda":  # what torch holds in reserve is free for it as well
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # Linux alone has it
+        text = Path("/proc/meminfo").read_text()
+        found = [1024 * sum(int(kb) for kb in re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB", text, re.MULTILINE))]
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, where there is one ("max" otherwise)
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
 
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -131,3 +199,14 @@ def choose_dtype(name: str | None, device):
 def versions() -> dict[str, str]:
     """The versions of what a picture's bytes depend on."""
     return {name: version(name) for name in ("torch", "transformers", "safetensors", "pillow", "numpy")}
+
+
+def version_lines() -> list[str]:
+    """What --version shows: the commit where this is a clone that git can be asked about, and what it runs on."""
+    clone, commit = Path(__file__).resolve().parents[1], ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (clone / ".git").exists():  # or git would name the commit of a repository around it
+            git = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    lines = [f"magicmix {commit or '(not a git clone)'}", f"Python {platform.python_version()}"]
+    return lines + [f"{name} {number}" for name, number in versions().items()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
-from command.machine import one_line
+from command.machine import one_line, version_lines
 
 MIXING, PICTURE, RUN = "mixing", "picture", "run"
 ANYWHERE = (MIXING, PICTURE, RUN)
@@ -209,6 +209,8 @@ class Options:
     seed: int = option(0, Number(0, 2**64 - 1, whole=True), "the seed of the first picture's noise eps", PICTURE)
     count: int = option(
         1, Number(1, 1000, whole=True), "variations, with seeds SEED to SEED + N - 1, in one batch", RUN, metavar="N")
+    sheet: bool = option(
+        False, Flag(), "write a contact sheet of all pictures as well, with -sheet added to the output's name", RUN)
     noise: Path | None = option(
         None, Place(), "take eps from this .npy or .safetensors file of (B, 4, H, W)", PICTURE, metavar="FILE",
         unset="drawn from the seed")
@@ -236,6 +238,7 @@ class Options:
     vae_dtype: str = option(
         "fp32", DTYPE, "precision of the VAE; fp16 overflows in some checkpoints", PICTURE)
 
+    concepts: bool = option(False, Flag(), "list the words that the checkpoint knows, and make no picture", RUN)
     quiet: bool = option(False, Flag(), "no progress bar, no messages but the paths that --again follows", RUN)
     debug: bool = option(False, Flag(), "show the traceback of an error as well", RUN)
     again: Path | None = option(
@@ -306,7 +309,22 @@ def of_mix(own: dict, given: dict, unused: Sequence[str] = ()) -> Options:
     known = [name for name in names(MIXING) if name not in unused]
     if unknown := sorted(given.keys() - set(known)):
         raise TypeError(f"{unknown[0]!r} is no option of the mixing; those are {', '.join(known)}")
-    return Options(**(own | {name: value for name, value in given.items() if not is_left_out(name, value)}))
+    given = {name: value for name, value in given.items() if not is_left_out(name, value)}
+    check_defaults(own, given)
+    return Options(**(own | given))
+
+
+def check_defaults(own: dict, given: dict) -> None:
+    """Raises ValueError for the first given value that cannot be right, and for a k_max or a k_min that does not go
+    with the default of the other, which nobody typed."""
+    check(given)
+    k_max, k_min = (given.get(name, own.get(name, DEFAULTS[name])) for name in ("k_max", "k_min"))
+    if k_min > k_max and "k_min" not in given:
+        whose = "the checkpoint's own" if "k_min" in own else "the default"
+        raise ValueError(f"k_max {k_max} is below k_min {k_min}, {whose}; give a k_min of 0 to {k_max} as well")
+    if k_min > k_max and "k_max" not in given:
+        whose = "the checkpoint's own" if "k_max" in own else "the default"
+        raise ValueError(f"k_min {k_min} is above k_max {k_max}, {whose}; give a k_max of {k_min} to 1 as well")
 
 
 def is_left_out(name: str, value: object) -> bool:
@@ -317,9 +335,26 @@ def is_left_out(name: str, value: object) -> bool:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
+EXAMPLES = """examples:
+  python magicmix.py "a strawberry" --layout docs/layouts/castle.png
+  python magicmix.py "a tiger" --layout-prompt "a car" --count 4 --sheet -o tiger-car.png
+  python magicmix.py "a panda" --layout docs/layouts/mug.png --token-weight panda=0.5 --k-max 0.8
+  python magicmix.py --again tiger-car-2.png -o same.png
+  python magicmix.py --concepts
+"""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
+
+
+class ShowVersions(argparse.Action):
+    """--version: prints the lines and ends the process."""
+
+    def __call__(self, parser, *_):
+        print("\n".join(self.const()))
+        parser.exit()
 
 
 def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
@@ -332,7 +367,12 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
         embedded: the embedded checkpoint's own defaults, for --help.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("magicmix.py", description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        "magicmix.py", description=description, epilog=EXAMPLES, formatter_class=raw, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--version", action=ShowVersions, nargs=0, const=version_lines, help="show the versions and end"
+    )
     for name, facts in FACTS.items():
         kind, text = facts["kind"], facts["help"] + default_text(name, embedded)
         if name == "prompt":
@@ -343,8 +383,19 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
             action = "append" if kind.is_repeated else "store"
             metavar = "|".join(kind.values) if isinstance(kind, Choice) else facts["metavar"]
             parser.add_argument(*flags(name), dest=name, type=kind.parse, action=action, metavar=metavar, help=text)
-    given = vars(parser.parse_args(argv))
+    parsed, unknown = parser.parse_known_args(argv)
+    given = vars(parsed)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes(given.get('prompt'), unknown)}")
     return {name: dict(value) if FACTS[name]["kind"].is_repeated else value for name, value in given.items()}
+
+
+def quotes(prompt: str | None, unknown: list[str]) -> str:
+    """What to do when the unknown arguments look like the rest of the prompt; "" otherwise."""
+    words = [prompt or "-", *unknown]
+    if any(word.startswith("-") or len(word.split()) != 1 for word in words):
+        return ""
+    return f'; write a text of several words in quotes: "{" ".join(words)}"'
 
 
 def flags(name: str) -> tuple[str, ...]:
@@ -352,12 +403,14 @@ def flags(name: str) -> tuple[str, ...]:
 
 
 def default_text(name: str, embedded: dict) -> str:
-    """The default of an option as --help shows it, and that of the embedded checkpoint where it has another."""
+    """The default of an option as --help shows it: that of the embedded checkpoint, which a first user gets, and then
+    the general one where that is another."""
     default = DEFAULTS[name] if DEFAULTS[name] not in (None, "") else FACTS[name]["unset"]
     if isinstance(FACTS[name]["kind"], Flag) or default == "":
         return ""
-    own = f"; {embedded[name]} with the embedded checkpoint" if embedded.get(name, default) != default else ""
-    return f" [{default}{own}]"
+    if embedded.get(name, default) != default:
+        return f" [{embedded[name]} with the embedded checkpoint, otherwise {default}]"
+    return f" [{default}]"
 
 
 def todays_names(recorded: dict) -> dict:

@@ -9,17 +9,19 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from command import machine, options
+from command.colours import to_srgb
 
 # Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")  # the brands of phones' pictures
 MAX_TEXT = 1 << 18  # characters of metadata; of a prompt, some hundreds are read
 
 
@@ -40,14 +42,16 @@ class Layout(NamedTuple):
     picture: Image.Image  # RGB
     sha256: str  # of the file
     is_animated: bool  # it holds more pictures than this, the first one
+    colours: str  # what was done to its colours; "" for nothing
 
 
 def open_layout(path: str | Path) -> Layout:
     """Reads a picture file.
 
-    EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted, and transparency is
-    laid on white; colour profiles are not read. Raises FileNotFoundError, or ValueError for anything but a picture of
-    8 or 16 bits and of fewer than 89 million pixels (Pillow's bound against decompression bombs).
+    EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted, colour profiles are
+    converted to sRGB, and transparency is laid on white. HEIC is read where pillow-heif is installed. Raises
+    FileNotFoundError, or ValueError for anything but a picture of 8 or 16 bits and of fewer than 89 million pixels
+    (Pillow's bound against decompression bombs).
     """
     path = Path(path)
     must_be_file(path, "layout", "give a picture file")
@@ -56,16 +60,20 @@ def open_layout(path: str | Path) -> Layout:
             warnings.simplefilter("ignore")  # such as "corrupt EXIF data"
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            with Image.open(file, formats=FORMATS) as opened:
+            with open_pixels(file) as opened:
                 is_animated = getattr(opened, "is_animated", False)
                 picture = ImageOps.exif_transpose(opened)
+        profile = picture.info.get("icc_profile", b"")  # None for one that Pillow cannot read
         if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         if picture.mode in ("I", "F", "LAB"):
             raise ValueError(f"its pixels are of the kind {picture.mode}")
-        picture = picture.convert("RGBA")
+        picture, colours = to_srgb(picture, profile)
     except UnidentifiedImageError:
         raise ValueError(f"layout {str(path)!r} is not a readable picture; use {', '.join(FORMATS)}") from None
+    except ImportError:
+        way_out = "pip install pillow-heif lets it be read, or save it as PNG or JPEG"
+        raise ValueError(f"layout {str(path)!r} is HEIC; {way_out}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"is too large ({str(error).partition(',')[0]})"
         raise ValueError(f"layout {str(path)!r} {reason}; scale it down to fewer than 89 million pixels") from error
@@ -75,7 +83,35 @@ def open_layout(path: str | Path) -> Layout:
         reason = str(error) or type(error).__name__
         raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it anew, as PNG") from error
     on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return Layout(on_white, digest, is_animated)
+    return Layout(on_white, digest, is_animated, colours)
+
+
+def open_pixels(file: BinaryIO) -> Image.Image:
+    """Opens a picture file. Raises UnidentifiedImageError for a format that is not read, ImportError for HEIC without
+    pillow-heif, and what Pillow raises for a broken file."""
+    file.seek(0)
+    if is_heic(file.read(64)):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        return Image.open(file, formats=("HEIF",))
+    try:
+        return Image.open(file, formats=FORMATS)
+    except ValueError as error:
+        if "MAX_TEXT_CHUNK" not in str(error):
+            raise
+    # A PNG with a text or a profile of more than 1 MB, which Pillow passes over only together with broken chunks.
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        return Image.open(file, formats=FORMATS)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def is_heic(start: bytes) -> bool:
+    """Whether a file begins as HEIC does (ISO 23008-12): with a box "ftyp" that names a brand of it."""
+    brands = {start[i : i + 4] for i in range(8, min(int.from_bytes(start[:4], "big"), len(start)), 4)}
+    return start[4:8] == b"ftyp" and not brands.isdisjoint(HEIC)
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -88,6 +124,8 @@ def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
     """What is done to a layout's picture, if there is one, on its way to `size` = (height, width)."""
     if layout and layout.is_animated:
         yield "layout: it holds more than one picture; the first is used"
+    if layout and layout.colours:
+        yield f"layout: {layout.colours}"
     if layout and layout.picture.size != size[::-1]:
         before, after = (f"{width}x{height}" for width, height in (layout.picture.size, size[::-1]))
         yield f"layout: resized and centre-cropped from {before} to {after}"
@@ -111,13 +149,15 @@ def to_images(y: Tensor) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------------------ the output
 
 
-def output_paths(output: str | Path, seeds: range) -> list[Path]:
-    """Where the picture of each seed goes: `output` itself for one seed, otherwise with the seed in the name. Raises
-    ValueError or OSError when no picture can be written there, before there is one."""
+def output_paths(output: str | Path, seeds: range, sheet: bool = False) -> list[Path]:
+    """Where the picture of each seed goes: `output` itself for one seed, otherwise with the seed in the name; and last
+    the contact sheet, if there is to be one. Raises ValueError or OSError when no picture can be written there, before
+    there is one."""
     path = Path(output)
     if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:
         raise ValueError(f"output {str(path)!r} would hold a PNG; let its name end in .png")
     paths = [path] if len(seeds) == 1 else [path.with_name(f"{path.stem}-{s}{path.suffix}") for s in seeds]
+    paths += [path.with_name(f"{path.stem}-sheet{path.suffix}")] if sheet else []
     for path in paths:
         check_writable(path, "output")
     return paths
@@ -162,10 +202,11 @@ def replace(path: Path, what: str, write) -> None:
         machine.TEMPORARY.discard(temporary)
 
 
-def save(picture: Image.Image, path: Path, metadata: dict) -> None:
-    """Writes a PNG with the metadata as its text "magicmix", in JSON. Raises OSError."""
+def save(picture: Image.Image, path: Path, metadata: dict | None) -> None:
+    """Writes a PNG with the metadata, if there is any, as its text "magicmix", in JSON. Raises OSError."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
+    if metadata is not None:
+        info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
     replace(path, "output", lambda file: picture.save(file, format="PNG", pnginfo=info))
 
 

@@ -1,12 +1,13 @@
 """What a command asks for, with the files that it names: read and checked before a checkpoint is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
-from command import machine, noise, options, pictures
+from command import machine, noise, options, pictures, sheet
 from command.options import MIXING, PICTURE
 
 
@@ -17,7 +18,8 @@ class Request:
     Attributes:
         given: the options that were typed, over those of the picture that is made again; others are absent.
         before: the metadata of that picture; empty where none is made again.
-        seeds, paths: of the pictures to make.
+        seeds: of the pictures to make.
+        paths: of these pictures, and last of their contact sheet if one is asked for.
         layout: the layout's picture, None for a layout prompt.
         noise: eps from a file, None where it is drawn.
     """
@@ -66,6 +68,16 @@ class Request:
             for line in lines:
                 print(line)
 
+    def prompts(self) -> dict[str, str]:
+        """The texts that a model will read, by the options' names."""
+        return {name: self[name] for name in ("prompt", "layout_prompt", "negative") if self[name]}
+
+    def cut_off(self, unread: dict[str, str], length: int) -> Iterator[str]:
+        """What to say of the ends of the prompts that lie beyond `length` tokens; "" where all is read."""
+        for name, text in unread.items():
+            if text:
+                yield f"{name}: beyond {length} tokens, cut off: {machine.one_line(text)}"
+
     def check_checkpoint(self, identity: dict[str, str]) -> None:
         """Raises ValueError when the picture to make again was made with a checkpoint of another identity."""
         recorded = self.before.get("checkpoint", identity)
@@ -85,6 +97,15 @@ class Request:
             parameters["noise_row"] = self["noise_row"] + row
             digests["noise_sha256"] = self.noise.sha256
         return {"parameters": parameters, "checkpoint": models.identity, "versions": machine.versions()} | digests
+
+    def save(self, made: list[Image.Image], mixing: options.Options, models) -> None:
+        """Writes the pictures, one per seed, and their contact sheet if one is asked for, and prints the paths."""
+        for row, picture in enumerate(made):
+            pictures.save(picture, self.paths[row], self.metadata(row, mixing, models))
+            self.tell(self.paths[row])
+        if self["sheet"]:
+            pictures.save(sheet.contact_sheet(made, [f"seed {seed}" for seed in self.seeds]), self.paths[-1], None)
+            self.tell(self.paths[-1])
 
 
 def read(asked: dict) -> Request:
@@ -108,7 +129,7 @@ def read(asked: dict) -> Request:
         given,
         before,
         seeds=seeds,
-        paths=pictures.output_paths(o["output"], seeds),
+        paths=pictures.output_paths(o["output"], seeds, o["sheet"]),
         layout=pictures.open_layout(given["layout"]) if "layout" in given else None,
         noise=noise.read(given["noise"]) if "noise" in given else None,
     )

@@ -24,6 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run side b
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command import machine  # noqa: E402
+
+machine.let_threads_sleep()  # with more than one: before torch is imported
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, PngImagePlugin  # noqa: E402

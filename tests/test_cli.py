@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUT, ROOT, TINY, change_config, run, with_unet, write_again
+from conftest import LAYOUT, ROOT, TINY, change_config, forks, refused, run, with_unet, write_again
 from PIL import Image
 
 import magicmix
 import weights
-from command import options
+from command import machine, options
 from command.machine import versions
+from command.sheet import contact_sheet
+from weights.memory import decoding_bytes
 
 FAST = ["--steps", "8", "--size", "64", "--quiet"]
 
@@ -83,6 +88,35 @@ def test_count_writes_one_picture_a_seed(tmp_path):
         assert magicmix.main(["--again", str(tmp_path / f"v-{seed}.png"), "-o", str(again), "--quiet"]) == 0
         assert again.read_bytes() == single.read_bytes()
     assert abs(grey(tmp_path / "v-5.png") - grey(tmp_path / "v-6.png")).max() > 50, "the seeds make a difference"
+
+
+@pytest.mark.parametrize(("count", "size", "columns", "rows"), [(3, "64", 2, 2), (1, "64x40", 1, 1)])
+def test_a_contact_sheet(count, size, columns, rows, tmp_path):
+    """Each picture stands in it as it is, in the order of the seeds, with a line of text below; the rest is white."""
+    mix = ("a tiger", "--layout-prompt", "a house", "--steps", "8", "--size", size, "--seed", "5", "--count", count)
+    code, out, _ = run(*mix, "--sheet", "-o", "v.png", cwd=tmp_path)
+    names = ["v.png"] if count == 1 else ["v-5.png", "v-6.png", "v-7.png"]
+    assert code == 0 and out.splitlines() == [*names, "v-sheet.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "v-sheet.png"])
+    sheet, (height, width) = grey(tmp_path / "v-sheet.png"), grey(tmp_path / names[0]).shape[:2]
+    assert sheet.shape == (4 + rows * (height + 22), 4 + columns * (width + 4), 3)
+    for i, name in enumerate(names):
+        y, x = 4 + i // columns * (height + 22), 4 + i % columns * (width + 4)
+        assert np.array_equal(sheet[y : y + height, x : x + width], grey(tmp_path / name))
+        assert sheet[y + height : y + height + 18, x : x + width].min() < 100, "its seed"
+        sheet[y : y + height + 18, x : x + width] = 255
+    assert sheet.min() == 255
+    assert "magicmix" not in Image.open(tmp_path / "v-sheet.png").info, "--again makes no sheet again"
+
+
+def test_a_contact_sheet_of_large_pictures():
+    """They are scaled down to 256 pixels; as many columns as rows, or one more."""
+    made = [Image.new("RGB", (600, 300), colour) for colour in ("red", "lime", "blue", "red", "lime")]
+    sheet = contact_sheet(made, ["label"] * 5)
+    assert sheet.size == (4 + 3 * (256 + 4), 4 + 2 * (128 + 4 + 18))
+    middle = [sheet.getpixel((4 + i % 3 * 260 + 128, 4 + i // 3 * 150 + 64)) for i in range(6)]
+    assert middle == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 0), (0, 255, 0), (255, 255, 255)]
+    assert made[0].size == (600, 300)
 
 
 def test_a_changed_layout_is_noticed(tmp_path, monkeypatch, capsys):
@@ -222,15 +256,16 @@ def test_help_lists_every_option_with_its_default(help_text):
     joined = lambda text: "".join(text.split())  # lines are wrapped, also at hyphens
     own = json.loads((TINY / "magicmix.json").read_text())
     literally = {
-        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.3; 0.15 with the embedded checkpoint]",
-        "nu": "[0.9; 0.7 with the embedded checkpoint]", "steps": "[50]", "sampler": "[ddim]", "eta": "[0.0]",
-        "guidance": "[7.5; 4.0 with the embedded checkpoint]", "seed": "[0]", "count": "[1]", "noise_row": "[0]",
+        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.15 with the embedded checkpoint, otherwise 0.3]",
+        "nu": "[0.7 with the embedded checkpoint, otherwise 0.9]", "steps": "[50]", "sampler": "[ddim]", "eta": "[0.0]",
+        "guidance": "[4.0 with the embedded checkpoint, otherwise 7.5]",
+        "seed": "[0]", "count": "[1]", "noise_row": "[0]",
         "size": "[the checkpoint's own]", "dtype": "[fp32 on a CPU, fp16 on a GPU]", "vae_dtype": "[fp32]",
         "noise": "[drawn from the seed]", "keep_noise": "[not written]", "weights": "[the embedded one]",
         "device": "[auto]", "prediction": "[auto]", "token_weights": "[1 for all words]", "vae": "[the checkpoint's]",
     }  # fmt: skip
     fields = dataclasses.fields(options.Options)
-    assert len(fields) == 30
+    assert len(fields) == 32
     for field in fields:
         name = "token_weight" if field.name == "token_weights" else field.name
         flag = name if name == "prompt" else f"--{name.replace('_', '-')}"
@@ -238,12 +273,34 @@ def test_help_lists_every_option_with_its_default(help_text):
         assert joined(field.metadata["help"]) in entry
         assert joined(literally.get(field.name, "")) in entry
         if field.default not in (None, "", False):
-            another = own.get(field.name, field.default) != field.default
-            default = f"[{field.default};{own[field.name]}with" if another else f"[{field.default}]"
+            default = f"[{field.default}]"
+            if own.get(field.name, field.default) != field.default:
+                default = f"[{own[field.name]}withtheembeddedcheckpoint,otherwise{field.default}]"
             assert default in entry, entry
         elif field.name not in literally:
             assert "[" not in entry, entry
     assert "--reweight WORD=S" in listed
+
+
+def test_help_ends_with_examples_that_can_be_parsed(help_text):
+    lines = help_text[help_text.index("\nexamples:\n") :].splitlines()[2:]
+    assert len(lines) == 5
+    for line in lines:
+        program, script, *typed = shlex.split(line)
+        assert (program, script) == ("python", "magicmix.py")
+        given = options.parse(typed, "", {})
+        options.check(given)
+        assert "layout" not in given or (ROOT / given["layout"]).is_file()
+
+
+def test_version_names_the_commit_and_the_libraries(tmp_path):
+    code, out, error = run("--version", cwd=tmp_path)
+    assert (code, error) == (0, "")
+    first, *rest = out.splitlines()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    known = (ROOT / ".git").exists() and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert first == f"magicmix {known or '(not a git clone)'}"
+    assert rest == [f"Python {platform.python_version()}", *(f"{name} {v}" for name, v in versions().items())]
 
 
 # ----------------------------------------------------------------------------------------------- too few steps
@@ -285,7 +342,7 @@ def test_steps_that_start_from_noise_are_not_warned_of(steps, tmp_path, capsys):
 
 
 def test_the_warning_in_the_real_command(tmp_path):
-    few = ["a tiger", "--layout-prompt", "a car", "--steps", "1", "--size", "16"]
+    few = ["a tiger", "--layout-prompt", "a car", "--steps", "1"]
     done = run(*few, cwd=tmp_path)
     lines = [line for line in done.err.splitlines() if "magicmix" in line]
     assert done.code == 0 and len(lines) == 1 and lines[0].startswith("magicmix: steps 1: denoising from noise")
@@ -296,7 +353,7 @@ def test_the_warning_in_python(models, recwarn):
     for steps in (magicmix.magicmix(models, "a tiger", "a car", steps=1), magicmix.text_to_image(models, "a", steps=1)):
         with pytest.warns(UserWarning, match="steps 1: denoising from noise starts at timestep 1"):
             next(steps)
-    next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, 16, 16), steps=1, k_max=1.0))
+    next(magicmix.magicmix(models, "a tiger", torch.zeros(1, 3, 128, 128), steps=1, k_max=1.0))
     assert not recwarn.list
 
 
@@ -307,3 +364,95 @@ def test_an_error_is_a_line_of_its_own(tmp_path):
     """Also one that only the first step finds, when a progress bar could be there already."""
     done = run("a tiger", "--layout-prompt", "a car", "--token-weight", "lion=2", cwd=tmp_path)
     assert done.code == 2 and done.err.startswith("magicmix: token weight: 'lion'") and done.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- memory and time
+
+
+def test_what_cannot_fit_is_refused_before_the_first_step(tmp_path):
+    """By hand: 3 feature maps of 64 channels, 4096 x 4096, four bytes each, for a thousand pictures."""
+    needed = 1000 * 3 * 64 * 4096**2 * 4 / 1e9
+    message = f"decoding the pictures needs at least {needed:,.1f} GB of memory, "
+    large = ("a tiger", "--layout-prompt", "a car", "--count", "1000", "--size", "4096")
+    error = refused(*large, cwd=tmp_path, message=message)
+    assert re.search(r"GB of memory, [\d,]+\.\d GB are free; a smaller --size or --count needs less$", error)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak of the memory from Linux")
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 40, 24), (2, 24, 32)])
+def test_the_estimate_is_below_the_truth(count, height, width, models):
+    """So that nothing is refused that fits; and not far below, so that something is."""
+    parent, child = forks().Pipe()
+    process = forks().Process(target=decode_and_measure, args=(child, (count, 4, height, width)))
+    process.start()
+    peak = parent.recv()
+    process.join()
+    needed = decoding_bytes(models.vae, (height, width), count)
+    assert peak / 4 < needed < peak, (needed, peak)
+
+
+def decode_and_measure(pipe, shape):
+    """Sends the peak of the memory that decoding takes beside what is there before."""
+    status = lambda name: 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    models = weights.load()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    magicmix.decode(models, torch.zeros(shape))
+    pipe.send(status("VmHWM") - before)
+
+
+def test_what_is_free_is_what_linux_says(monkeypatch, tmp_path):
+    free = machine.free_memory(torch.device("cpu"))
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 4  # with swap
+    machine.check_memory(free // 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs at least .* GB are free"):
+        machine.check_memory(free * 2, torch.device("cpu"))
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2000 kB\nSwapFree:  500 kB\n"}
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: files[str(path)])
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine.free_memory(torch.device("cpu")) == 2500 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "1000000\n"
+    assert machine.free_memory(torch.device("cpu")) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "total", "line"),
+    [
+        (30, 21, "magicmix: the first step took 30 s; about 10 min for the 20 others"),
+        (30, 2, None),
+        (0.1, 50, None),
+    ],
+)
+def test_a_long_run_says_after_its_first_step_how_long_it_is(seconds, total, line, monkeypatch, capsys):
+    clock, steps = [0.0], []
+    monkeypatch.setattr(machine.time, "monotonic", lambda: clock[0])
+
+    def slow():
+        for _ in range(total):
+            clock[0] += seconds
+            steps.append(magicmix.Step("mixing", 0, None, None, None, None))
+            yield steps[-1]
+
+    assert machine.follow(slow(), total, quiet=False) is steps[-1] and len(steps) == total
+    said = re.findall("magicmix: .*", capsys.readouterr().err)
+    assert said == ([line] if line else [])
+    machine.follow(slow(), total, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+# ----------------------------------------------------------------------------------------------- busy machines
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP runtime on Linux alone")
+@pytest.mark.parametrize("program", ["magicmix.py --version", "-c 'import lab, torch'"])
+@pytest.mark.parametrize(
+    ("set_by_the_user", "spins"),  # as often as the runtime then looks, before a thread sleeps; its own default: 300000
+    [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_waiting_threads_sleep(program, set_by_the_user, spins):
+    """As the OpenMP runtime itself reports, when torch's import starts it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= set_by_the_user | {"OMP_DISPLAY_ENV": "VERBOSE", "OMP_NUM_THREADS": "2"}
+    line = [sys.executable, *shlex.split(program)]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr

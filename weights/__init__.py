@@ -9,6 +9,7 @@ for one.
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import clip
 import scheduler
 import unet
 import vae
-from weights import hub
+from weights import concepts, hub
 from weights.configs import CheckpointError
 from weights.files import (
     FLOATS,
@@ -34,7 +35,7 @@ from weights.files import (
 )
 from weights.tokenizer import CLIP_TOKENS, load_tokenizer
 
-__all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "load_tokenizer", "own_options"]
+__all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "load_tokenizer", "own_options", "words"]
 
 TINY = Path(__file__).parent / "tiny"
 DAMAGED = "get the file again if it is damaged, or compute in float32 if that is finite"
@@ -53,6 +54,7 @@ class Checkpoint:
         schedule: the noise schedule's config.
         device, dtype: where the models compute, and in what the text encoder and the UNet do.
         own_options: those of a mix, from the checkpoint's magicmix.json.
+        concepts: the lists of words that it was trained on, from its concepts.json; none where it has none.
         identity: part -> fingerprint of its weights, and "configs" -> that of all configs in the files.
         notes: what its user should know, one line each: wishes that are not followed, tensors that are not read.
     """
@@ -65,6 +67,7 @@ class Checkpoint:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     own_options: dict = dataclasses.field(default_factory=dict)
+    concepts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -87,6 +90,20 @@ class Checkpoint:
         if height % factor or width % factor or min(size) < factor:
             raise ValueError(f"size {width}x{height} does not fit; both sides must be multiples of {factor}")
         return height // factor, width // factor
+
+    def warn_if_untrained(self, latent_size: tuple[int, int], *texts: object) -> None:
+        """Warns (UserWarning) of a size that is not the model's, and of words that it says it was not trained on.
+
+        Args:
+            latent_size: (H, W) of the latents.
+            texts: the prompts; what is no text among them, as a layout may be, is passed over.
+        """
+        size = tuple(side * self.vae.config.factor for side in latent_size)
+        if size not in (self.size, tuple(self.defaults["size"])):
+            own, asked = (f"{width}x{height}" for height, width in (self.size, size))
+            warnings.warn(f"size {asked}: this checkpoint was trained at {own}; expect worse pictures", stacklevel=2)
+        if line := concepts.warning(self.concepts, [text for text in texts if isinstance(text, str)]):
+            warnings.warn(line, stacklevel=2)
 
     def check_finite(self, part: str, result: Tensor, what: str) -> None:
         """Raises when `result`, computed by a part, holds NaN or Inf: CheckpointError that names the first tensor of
@@ -277,6 +294,7 @@ def load(
         device=device,
         dtype=dtype,
         own_options=opened.own_options,
+        concepts=opened.concepts,
         identity=identity,
         notes=opened.notes,
     )
@@ -311,9 +329,8 @@ def check_complete(source: Source, where: str) -> None:
         "vae": "give one (vae)",
     }.items():
         if not source.tensors[part]:
-            raise CheckpointError(
-                f"{where} holds {' and '.join(there) or 'nothing of SD 1 or 2'}, no {SPOKEN[part]}; {right}"
-            )
+            held = " and ".join(there) or "nothing of SD 1 or 2"
+            raise CheckpointError(f"{where} holds {held}, no {SPOKEN[part]}; {right}")
     check({}, source.tensors.get("unknown", {}), where)
 
 
@@ -322,7 +339,7 @@ def tokenizer_of(source: Source, where: str):
     text = source.configs["text_encoder"]
     if source.tokenizer is None and text.vocab_size < CLIP_TOKENS:
         raise CheckpointError(
-            f"{where} has no tokenizer, and its text encoder's vocabulary is not CLIP's; get its files"
+            f"{where} has no tokenizer folder, and its vocabulary is not CLIP's; get the folder as well"
         )
     # SD2 pads with "!", which is id 0; its text encoder has another activation than SD1's.
     tokenizer = load_tokenizer(
@@ -338,6 +355,12 @@ def schedule_of(source: Source, prediction: str, where: str) -> scheduler.Schedu
         return dataclasses.replace(source.configs["scheduler"], prediction_type=prediction)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def words(source: str | Path) -> list[str]:
+    """The words that a checkpoint was trained on, in lines to print. Raises CheckpointError."""
+    known = open_source(source, half=False, ema=True).concepts
+    return concepts.lines(known) or [f"{source} does not say which words it was trained on"]
 
 
 def check_together(source: Source, tokenizer, where: str) -> None:

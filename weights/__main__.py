@@ -5,19 +5,23 @@ import sys
 from command import machine
 from weights.describe import describe
 
+USAGE = "usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)"
+
 
 def show(source: str) -> None:
     """Prints the description; exit code 2 for a checkpoint that does not load. Raises CheckpointError."""
     lines, obstacle = describe(source)
-    for line in lines:
-        print(machine.printable(line))
+    machine.show(lines)
     if obstacle:
         sys.exit(2)
 
 
 def main() -> int:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(f"{USAGE}\n\n{__doc__}")
+        return 0
     if len(sys.argv) != 2:
-        print("usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     return machine.run("weights", lambda: show(sys.argv[1]))
 

@@ -1,10 +1,10 @@
 """Describes a checkpoint without computing anything with it.
 
-The lines give the format, the family, the prediction type and what says it, each part's tensors, parameters and dtype,
-averaged weights, what is left unread and why, the sha256 of each file with the published release that it equals
-(releases.json), what holds NaN or Inf, what is missing, and what a user should know. The last is a sentence: the
-checkpoint loads and how, or what stands in its way. Networks are built on the meta device, without storage, to know
-which tensors they ask for.
+The lines give the format, the family, the prediction type and what says it, the words that the checkpoint says it
+knows, each part's tensors, parameters and dtype, averaged weights, what is left unread and why, the sha256 of each file
+with the published release that it equals (releases.json), what holds NaN or Inf, what is missing, and what a user
+should know. The last is a sentence: the checkpoint loads and how, or what stands in its way. Networks are built on the
+meta device, without storage, to know which tensors they ask for.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import weights
-from weights import MODELS, CheckpointError, build, files, not_finite
+from weights import MODELS, CheckpointError, build, concepts, files, not_finite
 
 
 def describe(given: str) -> tuple[list[str], str | None]:
@@ -25,6 +25,7 @@ def describe(given: str) -> tuple[list[str], str | None]:
     told = f"{source.prediction}, by {source.told_by}" if source.prediction else "not said; probed when it is loaded"
     zero = ", zero terminal SNR" * source.configs["scheduler"].rescale_betas_zero_snr
     lines = [f"format       {source.format}", f"family       {family}", f"prediction   {told}{zero}"]
+    lines += concepts.lines(source.concepts)
     missing, networks = [], {part: build(part, source.configs[part]).state_dict() for part in MODELS}
     for part in MODELS:
         tensors = source.tensors[part]

@@ -51,6 +51,7 @@ class Source:
         unread: name -> why it is left unread.
         averaged: what there is of averaged weights, in words.
         notes: what its user should know, one line each.
+        concepts: the lists of words in concepts.json, if it is there.
     """
 
     format: str
@@ -61,6 +62,7 @@ class Source:
     prediction: str | None = None
     told_by: str = ""
     own_options: dict = dataclasses.field(default_factory=dict)
+    concepts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     averaged: str = "no copy of its own"
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -216,6 +218,16 @@ def own_options(folder: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
+def own_concepts(folder: Path) -> dict[str, list[str]]:
+    """The lists of words in a checkpoint's concepts.json; none where there is no such file. Raises CheckpointError."""
+    path = folder / "concepts.json"
+    found = read_json(path) if path.exists() else {}
+    for name, words in found.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+            raise CheckpointError(f"{path}: {name} must be a list of words")
+    return found
+
+
 def open_folder(folder: Path, half: bool, ema: bool, name: str) -> Source:
     """A folder in the diffusers format; `name` is what its user calls it. Raises CheckpointError."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
@@ -240,6 +252,7 @@ def open_folder(folder: Path, half: bool, ema: bool, name: str) -> Source:
         notes=notes
         + few_steps(name, kind, wished, raw.get("_name_or_path"), index.get("_name_or_path"))
         + [note for source in parts.values() for note in source.notes],
+        concepts=own_concepts(folder),
     )
 
 
@@ -258,9 +271,7 @@ SD2_TEXT = clip.CLIPTextConfig(
 
 
 # What trainers write into a file's metadata, and what it says of the prediction type.
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon"} | dict.fromkeys(
-    ("v", "v_prediction", "velocity"), "v_prediction"
-)
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction"}
 
 
 def training(markers: set[str], metadata: dict[str, str]) -> tuple[str | None, str, bool]:

@@ -15,7 +15,7 @@ from weights.files import STEMS, CheckpointError
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 CONFIG = "unet/config.json"
 NEEDED = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part in STEMS)}
-TAKEN = re.compile(r"(model_index|magicmix)\.json|tokenizer/[\w.-]+\.(json|txt)")  # where they are there
+TAKEN = re.compile(r"(model_index|magicmix|concepts)\.json|tokenizer/[\w.-]+\.(json|txt)")  # where they are there
 PICKLED = re.compile(r"(?P<folder>[^/]*?)/?[^/]+\.(ckpt|bin|pt|pth)")
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from command.pictures import to_images
+from command.sheet import contact_sheet
 
 RUNS = Path(__file__).parent / "runs"
 
@@ -151,9 +153,4 @@ def load_average(name: str, model: nn.Module) -> nn.Module:
 
 def sheet(pictures: Tensor, columns: int, path: Path) -> None:
     """Writes pictures (B, 3, H, W) in [-1, 1] as one image, row by row."""
-    b, _, h, w = pictures.shape
-    pixels = ((pictures.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    canvas = Image.new("RGB", (columns * w, -(-b // columns) * h), "white")
-    for i in range(b):
-        canvas.paste(Image.fromarray(pixels[i]), (i % columns * w, i // columns * h))
-    canvas.save(path)
+    contact_sheet(to_images(pictures.float()), columns=columns).save(path)

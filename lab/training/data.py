@@ -46,6 +46,7 @@ COLOURS = {
     "blue": (0.14, 0.40, 0.90), "purple": (0.52, 0.24, 0.76), "pink": (0.97, 0.46, 0.68), "brown": (0.50, 0.30, 0.16),
     "black": (0.13, 0.13, 0.15), "grey": (0.58, 0.58, 0.60),
 }  # fmt: skip
+AROUND = ("a", "an", "picture", "of", "emoji", "on", "background")  # the other words of `caption`
 
 
 def concepts(use: str = "concept") -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lab.training.common import RUNS
-from lab.training.data import SIZE
+from lab.training.data import AROUND, COLOURS, SIZE, STYLES, concepts
 from lab.training.text import ENCODER, TOKENIZER, text_config
 from lab.training.unet import CONFIG
 from lab.training.vae import trained_config
@@ -32,6 +32,11 @@ def write_json(path, value: dict) -> None:
 def write_weights(path, state: dict[str, torch.Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def known_words() -> dict[str, list[str]]:
+    """What the UNet's captions are made of, for concepts.json."""
+    return {"concepts": list(concepts()), "colours": list(COLOURS), "styles": list(STYLES), "other": list(AROUND)}
 
 
 def main() -> None:
@@ -78,6 +83,7 @@ def main() -> None:
     write_json(TINY / "vae" / "config.json", vae)
     write_json(TINY / "scheduler" / "scheduler_config.json", scheduler)
     write_json(TINY / "magicmix.json", OPTIONS)
+    write_json(TINY / "concepts.json", known_words())
     shutil.copytree(TOKENIZER, TINY / "tokenizer", dirs_exist_ok=True)
     write_weights(TINY / "text_encoder" / "model.safetensors", load_file(ENCODER))
     for part in ("unet", "vae"):

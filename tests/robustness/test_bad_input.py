@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import clip
 import magicmix
 import weights
-from command import machine, pictures
+from command import machine, options, pictures
 from weights import CheckpointError, __main__, configs
 
 NAN = float("nan")
@@ -176,7 +176,10 @@ LARGEST_SEED = "use 0 to 18446744073709551615"
 # What is wrong with the command; its line; the same in Python where it has a meaning there; its message.
 NUMBERS = [
     ("--k-min 0.5 --k-max 0.4", "k_min 0.5 is above k_max 0.4", {"k_min": 0.5, "k_max": 0.4}, None),
-    ("--k-max 0.1", "k_min 0.15 is above k_max 0.1", {"k_max": 0.1}, None),  # 0.15 is the checkpoint's own
+    ("--k-max 0.1", "k_max 0.1 is below k_min 0.15, the checkpoint's own; give a k_min of 0 to 0.1 as well",
+     {"k_max": 0.1}, None),
+    ("--k-min 0.7", "k_min 0.7 is above k_max 0.6, the checkpoint's own; give a k_max of 0.7 to 1 as well",
+     {"k_min": 0.7}, None),
     ("--k-max 1.1", "k_max 1.1 is out of range; use 0 to 1", {"k_max": 1.1}, None),
     ("--k-min -0.1", "k_min -0.1 is out of range; use 0 to 1", {"k_min": -0.1}, None),
     ("--k-max nan", "k_max nan is out of range; use 0 to 1", {"k_max": NAN}, None),
@@ -223,7 +226,7 @@ NUMBERS = [
     ("--reweight tiger=-inf", "token_weights tiger: -inf is out of range",
      {"reweight": {"tiger": -float("inf")}}, None),
     ("--colour red", "unrecognized arguments: --colour red", None, None),
-    ("more", "unrecognized arguments: more", None, None),
+    ("more", "unrecognized arguments: more\n", None, None),
 ]  # fmt: skip
 
 
@@ -239,6 +242,28 @@ def test_bad_numbers(options, line, arguments, message, tmp_path, models):
         if not arguments.keys() & {"k_max", "k_min", "nu"}:  # those of a layout
             with pytest.raises(ValueError, match=re.escape(message or line)):
                 next(magicmix.text_to_image(models, "a tiger", **arguments))
+
+
+@pytest.mark.parametrize("typed", ["a tiger in snow --layout-prompt car", "--layout-prompt car a tiger in snow",
+                                   "a --layout-prompt car tiger in snow"])  # fmt: skip
+def test_an_unquoted_prompt(typed, tmp_path):
+    """The shell hands its words over one by one."""
+    line = 'unrecognized arguments: tiger in snow; write a text of several words in quotes: "a tiger in snow"\n'
+    assert refused(*typed.split(), cwd=tmp_path, message=line) == f"magicmix: {line}"
+
+
+def test_a_default_that_nobody_typed_is_named_as_one():
+    """Also where the checkpoint has no options of its own."""
+    for given, line in {
+        "k_max": "k_max 0.2 is below k_min 0.3, the default; give a k_min of 0 to 0.2 as well",
+        "k_min": "k_min 0.9 is above k_max 0.6, the default; give a k_max of 0.9 to 1 as well",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(line)):
+            options.of_mix({}, {given: {"k_max": 0.2, "k_min": 0.9}[given]})
+    with pytest.raises(ValueError, match=r"k_max 0.2 is below k_min 0.5, the checkpoint's own"):
+        options.of_mix({"k_min": 0.5}, {"k_max": 0.2})
+    with pytest.raises(ValueError, match=r"k_min 0.5 is above k_max 0.2; mixing runs from k_max down to k_min"):
+        options.of_mix({}, {"k_max": 0.2, "k_min": 0.5})
 
 
 def test_arguments_of_several_lines_make_one(tmp_path):
@@ -431,7 +456,7 @@ CHECKPOINTS = {  # what is done to a copy of the embedded checkpoint, the line
     "another vocabulary": (one_token_more, "the tokenizer's ids reach to 5000, the text encoder's to 2421"),
     "only a pickle": (pickled, "holds only diffusion_pytorch_model.bin, a pickle, which runs code when it is opened"),
     "an index that leaves the folder": (sharded, "'../../secret.safetensors' is not a file name in that folder"),
-    "no tokenizer": (replaced("tokenizer", None), "checkpoint has no tokenizer folder, and its vocabulary is not CLIP's; get the folder as well"),
+    "no tokenizer": (replaced("tokenizer", None), "has no tokenizer folder, and its vocabulary is not CLIP's"),
     "a tokenizer of nonsense": (replaced("tokenizer/vocab.json", "[]"), "does not hold a CLIP tokenizer"),
     "an absurd tokenizer": (replaced("tokenizer/more.json", b" " * (17 << 20)), "has 17,825,792 bytes"),
     "an endless prompt": (replaced("tokenizer/tokenizer_config.json", '{"model_max_length": 1000000000}'),
@@ -576,6 +601,14 @@ def test_a_control_character_in_a_description_is_escaped(folder, capsys, monkeyp
     assert "not finite   vae: \\x1b[31mred\n" in out and "\x1b" not in out
 
 
+@pytest.mark.parametrize("argument", ["-h", "--help"])
+def test_the_description_has_a_help(argument, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["weights", argument])
+    assert __main__.main() == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("usage: python -m weights SOURCE") and "Describes a checkpoint" in out and error == ""
+
+
 @pytest.mark.parametrize("arguments", [[], ["one", "two"]])
 def test_a_description_needs_one_source(arguments, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["weights", *arguments])
@@ -612,6 +645,8 @@ def test_outputs_that_cannot_be(tmp_path):
         "/proc/mix.png": "output folder '/proc' cannot be written to",  # not even by root
     }.items():
         refused(*MIX, "-o", output, cwd=tmp_path, message=message)
+    (tmp_path / "v-sheet.png").mkdir()
+    refused(*MIX, "--sheet", "-o", "v.png", cwd=tmp_path, message="output 'v-sheet.png' is not a file")
     refused(*MIX, "-o", "mix.png/mix.png", cwd=tmp_path, message="output folder 'mix.png' does not exist")
 
 

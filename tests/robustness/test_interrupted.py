@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, forks, run, wait_for_handlers
 from PIL import Image
 
@@ -130,6 +131,33 @@ def test_a_signal_in_the_middle_of_a_file(number, expected, tmp_path):
     process.join(60)
     assert process.exitcode == expected and (tmp_path / "mix.png").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["mix.png"], "half a file was left behind"
+
+
+def one_long_operation(path):
+    """A process that is in one call of torch for far more than ten seconds; `path` is a file that is being written."""
+    machine.end_on_signals()
+    machine.TEMPORARY.add(path)
+    q = torch.zeros(1, 1, 200_000, 64)
+    path.write_bytes(b"half of it")
+    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("number", "expected"), SIGNALS)
+def test_a_signal_within_one_long_operation(number, expected, tmp_path):
+    """A step of a large picture: the process ends within two seconds, though no Python runs in it."""
+    path = tmp_path / "half"
+    process = forks().Process(target=one_long_operation, args=(path,))
+    process.start()
+    while not path.exists() and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(0.5)  # it is within the operation now
+    os.kill(process.pid, number)
+    process.join(2)
+    ended = process.exitcode
+    process.kill()
+    process.join()
+    assert ended == expected and not path.exists()
 
 
 @LINUX
