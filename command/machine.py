@@ -23,6 +23,11 @@ TEMPORARY = set()  # files that are being written, to be cleared away when the p
 
 def begin() -> None:
     """What a command does first, before torch is imported."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # a standard stream is closed, and the next file to be opened would become it
+            os.open(os.devnull, os.O_RDWR)
     end_on_signals()
     let_threads_sleep()
 

@@ -415,6 +415,13 @@ def test_what_is_free_is_what_linux_says(monkeypatch, tmp_path):
     assert machine.free_memory(torch.device("cpu")) == 1_000_000
 
 
+def test_what_is_free_on_a_gpu(monkeypatch):
+    """What the driver has, and what torch holds in reserve."""
+    for name, value in {"mem_get_info": (50, 80), "memory_reserved": 20, "memory_allocated": 15}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert machine.free_memory(torch.device("cuda")) == 55
+
+
 @pytest.mark.parametrize(
     ("seconds", "total", "line"),
     [

@@ -98,8 +98,8 @@ class Checkpoint:
             latent_size: (H, W) of the latents.
             texts: the prompts; what is no text among them, as a layout may be, is passed over.
         """
-        size = tuple(side * self.vae.config.factor for side in latent_size)
-        if size not in (self.size, tuple(self.defaults["size"])):
+        size, chosen = tuple(side * self.vae.config.factor for side in latent_size), self.defaults["size"]
+        if size != self.size and size != (tuple(chosen) if isinstance(chosen, list | tuple) else (chosen, chosen)):
             own, asked = (f"{width}x{height}" for height, width in (self.size, size))
             warnings.warn(f"size {asked}: this checkpoint was trained at {own}; expect worse pictures", stacklevel=2)
         if line := concepts.warning(self.concepts, [text for text in texts if isinstance(text, str)]):

@@ -160,6 +160,15 @@ def test_a_signal_within_one_long_operation(number, expected, tmp_path):
     assert ended == expected and not path.exists()
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_a_library_writes_on_a_closed_stream_is_no_signal(closed):
+    """The number of a closed standard stream goes to the next file that is opened, and so might to the pipe that tells
+    of signals. Here torch's OpenMP runtime writes on 2."""
+    line = f"{sys.executable} magicmix.py --version {closed}"
+    environment = os.environ | {"OMP_DISPLAY_ENV": "TRUE"}
+    assert subprocess.run(line, shell=True, cwd=ROOT, env=environment, timeout=60).returncode == 0
+
+
 @LINUX
 @pytest.mark.parametrize(("number", "expected"), SIGNALS)
 def test_a_signal_during_the_imports(number, expected, tmp_path):
