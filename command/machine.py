@@ -36,6 +36,15 @@ def one_line(text: object) -> str:
     return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
+def shown(value: object) -> str:
+    """A value for a message: its repr, of which at most 100 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of more than 4,300 digits has none; an object's own may raise anything
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
+
+
 def printable(text: str) -> str:
     """Text with its control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -94,6 +94,7 @@ def read(asked: dict) -> Request:
 
     Raises ValueError or OSError that names the first thing that is wrong.
     """
+    options.check(asked)
     before = pictures.read_metadata(asked["again"]) if "again" in asked else {}
     given = options.recall(before["parameters"], asked) if before else asked
     options.check(given)

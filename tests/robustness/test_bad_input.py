@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import clip
 import magicmix
 import weights
-from command import machine, pictures
+from command import machine, options, pictures
 from weights import CheckpointError, __main__, files
 
 NAN = float("nan")
@@ -187,9 +187,14 @@ NUMBERS = [
     ("--steps 1000", "steps 1000 is out of range; use 1 to 999", {"steps": 1000}, None),
     ("--steps 1001", "steps 1001 is out of range; use 1 to 999", {"steps": 1001}, None),
     ("--steps 2.5", "argument --steps: '2.5' is no whole number", {"steps": 2.5}, "steps 2.5 is no whole number"),
-    ("--guidance -1", "guidance -1.0 is out of range; use 0 or more", {"guidance": -1.0}, None),
+    ("--guidance -1", "guidance -1.0 is out of range; use 0 to 1e+38", {"guidance": -1.0}, None),
     ("--guidance nan", "guidance nan is out of range", {"guidance": NAN}, None),
     ("--guidance inf", "guidance inf is out of range", {"guidance": float("inf")}, None),
+    ("--guidance 2e38", "guidance 2e+38 is out of range; use 0 to 1e+38", {"guidance": 2e38}, None),  # of float32 still
+    (f"--guidance {'9' * 5000}", f"argument --guidance: '{'9' * 59} ... {'9' * 29}' has 5,000 characters; use 0 to 1e",
+     {"guidance": 10**5000}, "guidance <int> is out of range; use 0 to 1e+38"),
+    (f"--seed {'9' * 5000}", f"argument --seed: '{'9' * 59} ... {'9' * 29}' has 5,000 characters; {LARGEST_SEED}",
+     {"seeds": [10**5000]}, f"seed <int> is out of range; {LARGEST_SEED}"),
     ("--seed -1", f"seed -1 is out of range; {LARGEST_SEED}", {"seeds": [-1]}, None),
     (f"--seed {HUGE}", f"seed {HUGE} is out of range; {LARGEST_SEED}", {"seeds": [HUGE]}, None),
     ("--seed 1.5", "argument --seed: '1.5' is no whole number", {"seeds": [1.5]}, "seed 1.5 is no whole number"),
@@ -205,7 +210,10 @@ NUMBERS = [
     ("--size 64x5000", "size 64x5000 is out of range", {"size": (5000, 64)}, None),
     ("--size 64x64x64", "'64x64x64' is no size; use a number of pixels or WIDTHxHEIGHT", {"size": (64, 64, 64)},
      "size (64, 64, 64) is no pair of whole numbers"),
-    ("--size -64", "'-64' is no size", {"size": -64}, "size -64 is no pair of whole numbers"),
+    ("--size -64", "'-64' is no size", {"size": -64}, "size -64x-64 is out of range; use sides of up to 4096"),
+    ("--size 64.0", "'64.0' is no size", {"size": 64.0}, "size 64.0 is no pair of whole numbers"),
+    (f"--size {'9' * 5000}", f"'{'9' * 59} ... {'9' * 29}' is no size", {"size": (64, 10**5000)},
+     "size <int>x64 is out of range; use sides of up to 4096"),
     ("--size x", "'x' is no size", {"size": "x"}, "size 'x' is no pair of whole numbers"),
     ("--eta 2", "eta 2.0 is out of range; use 0 to 1", {"eta": 2.0}, None),
     ("--sampler euler", "sampler 'euler' is not known; use ddim, ddpm", {"sampler": "euler"}, None),
@@ -218,8 +226,12 @@ NUMBERS = [
      {"token_weights": {"tiger": "much"}}, "token_weights tiger: 'much' is no number"),
     ("--token-weight lion=0", "token weight: 'lion' is not in the prompt; its words are: a, tiger",
      {"token_weights": {"lion": 0.0}}, None),
-    ("--token-weight tiger=nan", "token_weights tiger: nan is out of range; use finite numbers; -2 to 2 is the useful",
+    ("--token-weight tiger=nan", "token_weights tiger: nan is out of range; use -1e+38 to 1e+38; -2 to 2 is the",
      {"token_weights": {"tiger": NAN}}, None),
+    ("--token-weight tiger=1e300", "token_weights tiger: 1e+300 is out of range; use -1e+38 to 1e+38; -2 to 2 is the",
+     {"token_weights": {"tiger": 1e300}}, None),
+    (f"--token-weight tiger={'9' * 5000}", "has 5,000 characters; use -1e+38 to 1e+38",
+     {"token_weights": {"tiger": 10**5000}}, "token_weights tiger: <int> is out of range"),
     ("--reweight tiger=-inf", "token_weights tiger: -inf is out of range",
      {"reweight": {"tiger": -float("inf")}}, None),
     ("--colour red", "unrecognized arguments: --colour red", None, None),
@@ -227,9 +239,9 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "line", "arguments", "message"), NUMBERS, ids=[row[0] for row in NUMBERS])
-def test_bad_numbers(options, line, arguments, message, tmp_path, models):
-    refused("a tiger", "--layout-prompt", "a car", *options.split(), cwd=tmp_path, message=line)
+@pytest.mark.parametrize(("given", "line", "arguments", "message"), NUMBERS, ids=[row[0][:40] for row in NUMBERS])
+def test_bad_numbers(given, line, arguments, message, tmp_path, models):
+    refused("a tiger", "--layout-prompt", "a car", *given.split(), cwd=tmp_path, message=line)
     if arguments is not None:
         with pytest.raises(ValueError, match=re.escape(message or line)):
             next(magicmix.magicmix(models, "a tiger", "a car", **arguments))
@@ -252,6 +264,35 @@ def test_a_layout_of_a_size_that_does_not_fit(models):
 
 
 # --------------------------------------------------------------------------------------------------------- text
+
+
+PLACES = {  # what each place takes, in words
+    "layout": "give a picture file",
+    "output": "give a name that ends in .png",
+    "noise": "give a .npy or .safetensors file",
+    "keep_noise": "give a name that ends in .npy or .safetensors",
+    "weights": "give a folder, a .safetensors file or a hub id",
+    "vae": "give a folder or a .safetensors file",
+    "again": "give a picture that magicmix made",
+}
+NO_PLACES = [  # what stands where a file or a folder should, and what is said of it
+    ("", "'' is no path (from a shell variable that is not set?)"),
+    ("https://a.b/c.png", "'https://a.b/c.png' is a URL, and nothing is fetched from one"),
+    ("x" * 256, f"'{'x' * 59} ... {'x' * 29}' is too long (a name has up to 255 bytes, a path 4095)"),
+]
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(("value", "wrong"), NO_PLACES, ids=["nothing", "a URL", "a long name"])
+def test_what_is_no_place(value, wrong, name, tmp_path):
+    assert PLACES.keys() == {n for n, facts in options.FACTS.items() if isinstance(facts["kind"], options.Place)}
+    line = f"magicmix: {name} {wrong}; {PLACES[name]}\n"
+    layout = () if name == "layout" else ("--layout-prompt", "a car")
+    typed = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+    assert refused("a tiger", *layout, typed, value, cwd=tmp_path, message=wrong) == line
+    if value.startswith("https"):
+        with pytest.raises(ValueError, match="is a URL"):
+            options.check({name: Path(value)})  # which has one slash
 
 
 def test_layouts_exclude_each_other(tmp_path):
@@ -277,8 +318,8 @@ TEXTS = ["", "🐯👩‍👩‍👧‍👦", "虎", "نمر في الغابة",
 
 @pytest.mark.parametrize("prompt", TEXTS)
 def test_every_text_is_a_prompt(prompt, tmp_path):
-    options = ["--layout-prompt", prompt, "--negative", prompt, "--steps", "2", "--size", "64"]
-    code, out, error = run(prompt, *options, "-o", "mix.png", cwd=tmp_path)
+    given = ["--layout-prompt", prompt, "--negative", prompt, "--steps", "2", "--size", "64"]
+    code, out, error = run(prompt, *given, "-o", "mix.png", cwd=tmp_path)
     assert code == 0 and "\x1b" not in out and out.endswith("mix.png\n"), error
     code, _, error = run("--again", "mix.png", "-o", "again.png", cwd=tmp_path)
     assert code == 0 and (tmp_path / "again.png").read_bytes() == (tmp_path / "mix.png").read_bytes(), error
@@ -489,7 +530,12 @@ OWN_OPTIONS = [  # a checkpoint's magicmix.json, and what is said of it
     ({"k_min": 0.9, "k_max": 0.1}, "k_min 0.9 is above k_max 0.1"),
     ({"nu": 7}, "nu 7 is out of range; use 0 to 1"),
     ({"sampler": ["ddim"]}, "sampler ['ddim'] is not known; use ddim, ddpm"),
-    ({"size": 64}, "size 64 is no pair of whole numbers"),
+    ({"nu": 10**400}, f"nu 1{'0' * 59} ... {'0' * 30} is out of range; use 0 to 1"),
+    ({"guidance": 10**400}, f"guidance 1{'0' * 59} ... {'0' * 30} is out of range; use 0 to 1e+38"),
+    ({"token_weights": {"tiger": -(10**400)}}, f"token_weights tiger: -1{'0' * 58} ... {'0' * 30} is out of range"),
+    ({"size": [64]}, "size [64] is no pair of whole numbers"),
+    ({"layout": "a.png"}, f"layout = 'a.png' {MIXING_ONLY}"),
+    ({"weights": "folder"}, f"weights = 'folder' {MIXING_ONLY}"),
     ({"output": "/etc/passwd"}, f"output = '/etc/passwd' {MIXING_ONLY}"),
     ({"prompt": "a lion"}, f"prompt = 'a lion' {MIXING_ONLY}"),
     ({"seed": 5}, f"seed = 5 {MIXING_ONLY}"),
@@ -498,7 +544,7 @@ OWN_OPTIONS = [  # a checkpoint's magicmix.json, and what is said of it
 ]
 
 
-@pytest.mark.parametrize(("own", "message"), OWN_OPTIONS, ids=[str(own) for own, _ in OWN_OPTIONS])
+@pytest.mark.parametrize(("own", "message"), OWN_OPTIONS, ids=[str(own)[:60] for own, _ in OWN_OPTIONS])
 def test_a_checkpoints_options(own, message, tmp_path, folder):
     (folder / "magicmix.json").write_text(json.dumps(own))
     message = f"magicmix.json: {message}"
@@ -591,7 +637,9 @@ def test_sources_that_are_none(tmp_path):
         "pipe.safetensors": "pipe.safetensors is missing",
         "/dev/zero": "/dev/zero is missing",
         "mix.png": "mix.png is not a readable safetensors file",
-        "x" * 300: "File name too long",
+        "x" * 300: "is too long (a name has up to 255 bytes, a path 4095); give a folder, a .safetensors file or a hub",
+        "x/" * 2500: "is too long (a name has up to 255 bytes, a path 4095); give a folder",
+        "é" * 128: "is too long (a name has up to 255 bytes, a path 4095); give a folder",
     }.items():
         refused(*text, "--weights", source, cwd=tmp_path, message=message)
     refused(*text, "--vae", "nowhere", cwd=tmp_path, message="nowhere is missing")
@@ -608,7 +656,7 @@ def test_outputs_that_cannot_be(tmp_path):
         ".": "output '.' is not a file; give a name for the file",
         "/dev/null": "output '/dev/null' is not a file",  # as root, a rename would replace it
         "mix.jpg": "output 'mix.jpg' would hold a PNG; let its name end in .png",
-        "x" * 300 + ".png": "File name too long",
+        "x" * 300 + ".png": "is too long (a name has up to 255 bytes, a path 4095); give a name that ends in .png",
         "/proc/mix.png": "output folder '/proc' cannot be written to",  # not even by root
     }.items():
         refused(*MIX, "-o", output, cwd=tmp_path, message=message)
@@ -695,8 +743,13 @@ METADATA = [  # that is refused when it is read
     (again(prompt=None), "prompt None is no text"),
     (again(layout=3), "layout 3 is no path"),
     (again(weights=""), "weights '' is no path"),
+    (again(weights="\0"), r"weights '\x00' holds a NUL byte, which no path can; give a folder, a .safetensors"),
+    (again(noise="\0"), r"noise '\x00' holds a NUL byte, which no path can; give a .npy or .safetensors file"),
+    (again(vae="\ud800"), r"vae '\ud800' holds half a character (a surrogate); give a folder or a .safetensors file"),
+    (again(layout="https://a.b/c.png"), "layout 'https://a.b/c.png' is a URL, and nothing is fetched from one; give a"),
+    (again(layout="x" * 300), f"layout '{'x' * 59} ... {'x' * 29}' is too long"),
     (again(steps=True), "steps True is no whole number"),
-    (again(noise_row=-1), "noise_row -1 is out of range; use 0 or more"),
+    (again(noise_row=-1), "noise_row -1 is out of range; use 0 to 9223372036854775807"),
     (again(noise_row=0.5), "noise_row 0.5 is no whole number"),
     (again(no_ema=1), "no_ema 1 is neither true nor false"),
     (again(size="64"), "size '64' is no pair of whole numbers"),
@@ -707,10 +760,14 @@ METADATA = [  # that is refused when it is read
     (again(token_weights={"tiger": "x"}), "token_weights tiger: 'x' is no number"),
     (again(token_weights={"tiger": True}), "token_weights tiger: True is no number"),
     (again(reweight=[1, 2]), "token_weights [1, 2] is no table of words and numbers"),
-    (again(reweight={"tiger": float("nan")}), "token_weights tiger: nan is out of range; use finite numbers"),
+    (again(reweight={"tiger": float("nan")}), "token_weights tiger: nan is out of range; use -1e+38 to 1e+38"),
     (again(k_max=float("nan")), "k_max nan is out of range"),
     (again(k_max=0.2, k_min=0.3), "k_min 0.3 is above k_max 0.2"),
     (again(guidance=1e999), "guidance inf is out of range"),
+    (again(guidance=10**400), f"guidance 1{'0' * 59} ... {'0' * 30} is out of range; use 0 to 1e+38"),
+    (again(token_weights={"tiger": 10**400}), f"token_weights tiger: 1{'0' * 59} ... {'0' * 30} is out of range; use"),
+    (again(token_weights={"tiger": -1e300}), "token_weights tiger: -1e+300 is out of range"),
+    (again(noise_row=10**30), "is out of range; use 0 to 9223372036854775807"),
     (again(seed=-1), "seed -1 is out of range"),
     (again(seed=10**300), f"is out of range; {LARGEST_SEED}"),
     (again(steps=10**12), "steps 1000000000000 is out of range"),
@@ -724,10 +781,8 @@ LATER = [  # that is refused when it is used
     ({"parameters": {"layout_prompt": "a car"}}, "the content prompt is missing"),
     (again(weights="/dev/zero"), "/dev/zero is missing"),
     (again(weights="model.ckpt"), "is a pickle"),
-    (again(weights="\0"), "is no folder"),
     (again(vae="/dev/zero"), "/dev/zero is missing"),
     (again(noise="/dev/zero"), "noise '/dev/zero' cannot be read: it is not a file"),
-    (again(noise="\0"), "does not exist"),
     (again() | {"checkpoint": {"unet": "0"}}, "made with another checkpoint; give its folder with --weights"),
     (again() | {"checkpoint": {"unet": [{}]}}, "made with another checkpoint; give its folder with --weights"),
     (again() | {"checkpoint": {"colour": "red"}}, "made with another checkpoint; give its folder with --weights"),
