@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
-from command.machine import one_line, shown
+from command.machine import one_line, run, shown
 
 MIXING, PICTURE, RUN = "mixing", "picture", "run"
 ANYWHERE = (MIXING, PICTURE, RUN)
@@ -370,6 +370,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
 
+    def print_help(self, file=None):
+        if code := run("magicmix", lambda: print(self.format_help(), end="")):  # argparse hides a full disk
+            self.exit(code)
+
 
 def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
     """The options that were given, by name; those that were not are absent. Ends the process with exit code 2 and one
@@ -426,5 +430,5 @@ def recall(recorded: dict, asked: dict) -> dict:
         recorded = {name: value for name, value in recorded.items() if name not in layouts}
     for name in FACTS:
         if name in recorded and name not in asked and isinstance(FACTS[name]["kind"], Place):
-            print(f"{name}: {one_line(recorded[name])}")
+            print(f"{name}: {one_line(recorded[name])}", flush=True)
     return recorded | asked

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -709,6 +711,84 @@ def test_out_of_memory(tmp_path):
     large = [*MIX[:-1], "2048", "--quiet"]
     error = limited(resource.RLIMIT_AS, 400_000_000, *large, cwd=tmp_path)
     assert error == "magicmix: out of memory; a smaller --size, --count 1 or --dtype bf16 needs less\n"
+
+
+def script_on(closed, full, broken, arguments, cwd, log):
+    """The command with some of its standard streams closed before the start, on a full disk or on a pipe that nobody
+    reads."""
+    os.set_inheritable(log := os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(log, number)
+    for name in closed:  # as the interpreter does when it starts without
+        os.close({"stdout": 1, "stderr": 2}[name])
+        setattr(sys, name, None)
+    for number in full:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    for number in broken:
+        os.dup2(writer, number)
+    os.chdir(cwd)
+    sys.argv = ["magicmix.py", *arguments]
+    runpy.run_path(str(ROOT / "magicmix.py"), run_name="__main__")
+
+
+NO_SPACE, NO_READER = "No space left on device", "Broken pipe"
+STREAMS = {  # closed; full; broken; the exit code; the reason in the line, "" where there is no line
+    "stderr closed": (["stderr"], [], [], 0, ""),
+    "stdout closed": (["stdout"], [], [], 0, ""),
+    "both closed": (["stdout", "stderr"], [], [], 0, ""),
+    "stdout full": ([], [1], [], 2, NO_SPACE),
+    "stdout broken": ([], [], [1], 2, NO_READER),
+    "stderr full": ([], [2], [], 2, ""),
+    "stderr broken": ([], [], [2], 2, ""),
+    "both full": ([], [1, 2], [], 2, ""),
+}
+
+
+def on_streams(name, arguments, cwd):
+    """The exit code and the lines of the command's own that could be written."""
+    log = cwd.parent / f"{cwd.name}-log"
+    process = forks().Process(target=script_on, args=(*STREAMS[name][:3], arguments, cwd, log))
+    process.start()
+    process.join(300)
+    return process.exitcode, [line for line in re.split("[\r\n]+", log.read_text()) if line.startswith("magicmix: ")]
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+
+
+@FULL
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_that_take_nothing(name, tmp_path):
+    """The picture is written. One that fails is named, where there is a stderr, and told by the exit code."""
+    *_, code, reason = STREAMS[name]
+    lines = [f"magicmix: stdout cannot be written to: {reason}; all else is done"] if reason else []
+    assert on_streams(name, [*MIX, "--steps", "8"], tmp_path) == (code, lines)
+    assert Image.open(tmp_path / "mix.png").size == (64, 64)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@FULL
+@pytest.mark.parametrize("name", ["stdout full", "both full", "both closed"])
+def test_a_help_that_cannot_be_read(name, tmp_path):
+    *_, code, reason = STREAMS[name]
+    lines = [f"magicmix: stdout cannot be written to: {reason}; all else is done"] if reason else []
+    assert on_streams(name, ["--help"], tmp_path) == (code, lines)
+
+
+@FULL
+@pytest.mark.parametrize("name", STREAMS)
+def test_another_error_comes_first(name, tmp_path):
+    lines = ["magicmix: picture 'gone.png' does not exist; --again needs a magicmix picture"]
+    is_shown = not ("stderr" in name or "both" in name)
+    assert on_streams(name, ["--again", "gone.png"], tmp_path) == (2, lines if is_shown else [])
+
+
+def test_a_closed_stderr_in_the_shell(tmp_path):
+    line = f"exec {sys.executable} {ROOT / 'magicmix.py'} {' '.join(map(repr, MIX))} 2>&-"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, b"mix.png\n") and Image.open(tmp_path / "mix.png").size == (64, 64)
 
 
 def test_debug_shows_the_traceback(tmp_path):
