@@ -321,6 +321,11 @@ def names(*scopes: str) -> list[str]:
     return [name for name, facts in FACTS.items() if facts["scope"] in scopes]
 
 
+def places(*scopes: str) -> list[str]:
+    """Those of them that name a file or a folder."""
+    return [name for name in names(*scopes) if isinstance(FACTS[name]["kind"], Place)]
+
+
 def check(values: dict, where: str = "", scopes: Sequence[str] = ANYWHERE) -> None:
     """Raises ValueError for the first value that cannot be right.
 
@@ -428,7 +433,7 @@ def recall(recorded: dict, asked: dict) -> dict:
     layouts = {"layout", "layout_prompt"}
     if asked.keys() & layouts:  # a layout of either kind replaces the recorded one
         recorded = {name: value for name, value in recorded.items() if name not in layouts}
-    for name in FACTS:
-        if name in recorded and name not in asked and isinstance(FACTS[name]["kind"], Place):
+    for name in places(PICTURE):
+        if name in recorded and name not in asked:
             print(f"{name}: {one_line(recorded[name])}", flush=True)
     return recorded | asked

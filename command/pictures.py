@@ -115,16 +115,36 @@ def output_paths(output: str | Path, seeds: range) -> list[Path]:
     """Where the picture of each seed goes: `output` itself for one seed, otherwise with the seed in the name. Raises
     ValueError or OSError when no picture can be written there, before there is one."""
     path = Path(output)
+    if path.is_dir() or str(output).endswith(os.sep):
+        raise ValueError(f"output {str(output)!r} is not a file; give a name for the file in that folder")
     if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:
         raise ValueError(f"output {str(path)!r} would hold a PNG; let its name end in .png")
     paths = [path] if len(seeds) == 1 else [path.with_name(f"{path.stem}-{s}{path.suffix}") for s in seeds]
     for path in paths:
+        options.check({"output": str(path)})  # with the seed, the name may be too long
         check_writable(path, "output")
     return paths
 
 
+def real(path: Path) -> Path:
+    """Where a file of that name is written: where the link points to if it is a link, which so stays one."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def identity(path: str | Path) -> object:
+    """What all names of one file have in common, hard and symbolic links too, and names of a file that is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
 def check_writable(path: Path, what: str) -> None:
     """Raises ValueError or OSError when no file can be written to `path`."""
+    path = real(path)
+    if path.is_symlink():
+        raise ValueError(f"{what} {str(path)!r} is a link that leads back to itself; give another name")
     if not path.parent.is_dir():
         raise ValueError(f"{what} folder {str(path.parent)!r} does not exist; make it first")
     if path.exists() and not path.is_file():  # a folder; /dev/null, which must not be replaced
@@ -138,6 +158,7 @@ def check_writable(path: Path, what: str) -> None:
 
 def replace(path: Path, what: str, write) -> None:
     """Writes a file beside the old one first, so that whatever happens, `path` holds the old one or the new one, whole.
+    Of a link, the file that it points to is written.
 
     Args:
         path: of the file.
@@ -146,14 +167,14 @@ def replace(path: Path, what: str, write) -> None:
 
     Raises OSError.
     """
-    temporary = path.with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
+    temporary = real(path).with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
     machine.TEMPORARY.add(temporary)
     try:
         with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # the content before the name: a power cut must not leave an empty file
-        os.replace(temporary, path)
+        os.replace(temporary, real(path))
     except OSError as error:
         reason = f"cannot be written: {error.strerror or error}"
         raise OSError(f"{what} {str(path)!r} {reason}; choose another place") from error

@@ -71,6 +71,19 @@ class Request:
         if not isinstance(recorded, dict) or not recorded.items() <= identity.items():
             raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
 
+    def check_nothing_is_lost(self) -> None:
+        """Raises ValueError when a file that is read, or another that is written, would be written over, under whatever
+        name. The picture that is made again may be: it can be made again."""
+        taken = {}
+        for name in (*options.places(PICTURE), "keep_noise"):  # what is read comes first
+            if name in self.given:
+                taken.setdefault(pictures.identity(self.given[name]), name)
+        for name, path in [("output", path) for path in self.paths] + [("keep_noise", self["keep_noise"] or "")]:
+            other = taken.get(pictures.identity(path), name)
+            if other != name:
+                both = f"{name} {str(path)!r} is the same file as {other} {self.given[other]!r}"
+                raise ValueError(f"{both}, which would be lost; give another name")
+
     def metadata(self, row: int, mixing: options.Options, models) -> dict:
         """What the picture of the seed in that row carries: all that --again needs. `mixing` and `models` are those
         that it was made with."""
@@ -117,4 +130,5 @@ def read(asked: dict) -> Request:
             raise ValueError(f"{name} {given[name]!r} has changed; give the file to use with --{name}")
     if "keep_noise" in given:
         noise.check_target(given["keep_noise"])
+    request.check_nothing_is_lost()
     return request

@@ -665,6 +665,79 @@ def test_outputs_that_cannot_be(tmp_path):
     refused(*MIX, "-o", "mix.png/mix.png", cwd=tmp_path, message="output folder 'mix.png' does not exist")
 
 
+@pytest.mark.parametrize("output", ["..", ".", "folder", "folder/", "gone/", "link"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_that_are_folders(output, count, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    message = f"output {output!r} is not a file; give a name for the file in that folder"
+    refused(*MIX, "-o", output, "--count", count, cwd=tmp_path, message=message)
+
+
+def test_a_name_that_is_too_long_with_its_seed(tmp_path):
+    message = f"output '{'x' * 59} ... {'x' * 23}-0.png' is too long (a name has up to 255 bytes"
+    refused(*MIX, "-o", "x" * 250 + ".png", "--count", 2, cwd=tmp_path, message=message)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """Its target is written; one that points nowhere yet makes it."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "old.png").write_bytes(PRECIOUS)
+    for name, target in (("one.png", "far/old.png"), ("two.png", "far/new.png"), ("three.png", "two.png")):
+        (tmp_path / name).symlink_to(target)
+        assert run(*MIX, "--quiet", "-o", name, cwd=tmp_path) == (0, "", "")
+        assert os.readlink(tmp_path / name) == target
+    assert sorted(os.listdir(tmp_path / "far")) == ["new.png", "old.png"], "temporary files stay"
+    assert (tmp_path / "far" / "new.png").read_bytes() == (tmp_path / "far" / "old.png").read_bytes()
+    (tmp_path / "nowhere.png").symlink_to("gone/new.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    refused(*MIX, "-o", "nowhere.png", cwd=tmp_path, message="gone' does not exist; make it first")
+    refused(*MIX, "-o", "loop.png", cwd=tmp_path, message="loop.png' is a link that leads back to itself")
+
+
+def inputs(tmp_path):
+    """A folder with files to read, under several names."""
+    halves("red", "black").save(tmp_path / "s.png")
+    shutil.copy(tmp_path / "s.png", tmp_path / "s-1.png")
+    np.save(tmp_path / "eps.npy", np.zeros((2, 4, 8, 8), dtype=np.float32))
+    shutil.copy(weights.TINY / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "v.safetensors")
+    os.link(tmp_path / "s.png", tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to("s.png")
+    (tmp_path / "here").symlink_to(".")
+    write_again(tmp_path / "old.png", {"parameters": {"prompt": "a tiger", "layout": "s.png", "steps": 8}})
+
+
+OVERWRITTEN = [  # the command, which file would be lost under which name
+    ("--layout s.png -o s.png", "output 's.png'", "layout 's.png'"),
+    ("--layout s.png -o ./here/s.png", "output 'here/s.png'", "layout 's.png'"),
+    ("--layout s.png -o hard.png", "output 'hard.png'", "layout 's.png'"),
+    ("--layout s.png -o soft.png", "output 'soft.png'", "layout 's.png'"),
+    ("--layout soft.png -o s.png", "output 's.png'", "layout 'soft.png'"),
+    ("--layout s-1.png -o s.png --count 2", "output 's-1.png'", "layout 's-1.png'"),
+    ("--again old.png -o s.png", "output 's.png'", "layout 's.png'"),
+    ("--layout-prompt car --noise eps.npy -o eps.npy", "output 'eps.npy'", "noise 'eps.npy'"),
+    ("--layout-prompt car --noise eps.npy --keep-noise here/eps.npy", "keep_noise 'here/eps.npy'", "noise 'eps.npy'"),
+    ("--layout-prompt car --keep-noise new.npy -o here/new.npy", "output 'here/new.npy'", "keep_noise 'new.npy'"),
+    ("--layout-prompt car --vae v.safetensors -o v.safetensors", "output 'v.safetensors'", "vae 'v.safetensors'"),
+]
+
+
+@pytest.mark.parametrize(("given", "written", "read"), OVERWRITTEN, ids=[row[0] for row in OVERWRITTEN])
+def test_nothing_that_is_read_is_written_over(given, written, read, tmp_path):
+    inputs(tmp_path)
+    prompt = [] if "--again" in given else ["a tiger"]
+    message = f"{written} is the same file as {read}"
+    error = refused(*prompt, *given.split(), "--size", "64", cwd=tmp_path, message=message)
+    assert error.endswith(", which would be lost; give another name\n")
+
+
+def test_the_picture_to_make_again_may_be_written_over(tmp_path):
+    assert run(*MIX, "--quiet", cwd=tmp_path).code == 0
+    first = (tmp_path / "mix.png").read_bytes()
+    assert run("--again", "mix.png", "--quiet", cwd=tmp_path) == (0, "", "")
+    assert (tmp_path / "mix.png").read_bytes() == first
+
+
 def test_devices_and_dtypes_that_cannot_be(tmp_path, monkeypatch):
     for device in ("abacus", "cuda:99", "meta", "xla", ""):
         message = f"device {device!r} cannot be used ("
