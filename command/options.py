@@ -363,6 +363,27 @@ def of_mix(own: dict, given: dict, unused: Sequence[str] = ()) -> Options:
     return Options(**(own | {name: value for name, value in given.items() if not is_left_out(name, value)}))
 
 
+def own(models: object) -> dict:
+    """A checkpoint's own defaults. Raises TypeError for what is no checkpoint."""
+    if not isinstance(getattr(models, "defaults", None), dict):
+        raise TypeError(f"models is of the type {type(models).__name__}; give what weights.load() returns")
+    return models.defaults
+
+
+def seeds_of(seeds: Sequence[int] | int) -> list[int]:
+    """One seed per picture. Raises TypeError for what has no length, ValueError for what are no seeds."""
+    if isinstance(seeds, Integral):
+        seeds = [seeds]
+    try:
+        check({"count": len(seeds)})  # before they are counted out: range(10**12) has a length too
+        seeds = list(seeds)
+    except (TypeError, OverflowError):
+        raise TypeError(f"seeds is {shown(seeds)}; give a whole number, or a list or range of them") from None
+    for seed in seeds:
+        check({"seed": seed})
+    return [int(seed) for seed in seeds]
+
+
 def is_left_out(name: str, value: object) -> bool:
     """None stands for the default where that is None or empty."""
     return value is None and DEFAULTS[name] in (None, "")

@@ -1,15 +1,18 @@
 """Pictures in files: the layout that is read, the mix that is written, and the parameters in it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import struct
+import sys
 import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from command import machine, options
 
 # Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
+MAX_PIPED = 1 << 28  # bytes; a picture of 89 million pixels has as many, uncompressed
 MAX_TEXT = 1 << 18  # characters of metadata; of a prompt, some hundreds are read
 
 
@@ -43,39 +47,102 @@ class Layout(NamedTuple):
 
 
 def open_layout(path: str | Path) -> Layout:
-    """Reads a picture file.
-
-    EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted, and transparency is
-    laid on white; colour profiles are not read. Raises FileNotFoundError, or ValueError for anything but a picture of
-    8 or 16 bits and of fewer than 89 million pixels (Pillow's bound against decompression bombs).
-    """
+    """Reads a picture file. Raises FileNotFoundError, or ValueError for anything but a picture that `to_rgb` takes, of
+    fewer than 89 million pixels (Pillow's bound against decompression bombs)."""
     path = Path(path)
     must_be_file(path, "layout", "give a picture file")
+    with readable(f"layout {str(path)!r}"), path.open("rb") as file:
+        return read_layout(file)
+
+
+def piped_layout() -> Layout:
+    """Reads a picture from standard input. Raises ValueError as `open_layout` does, and for more than MAX_PIPED
+    bytes."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("layout '-' is standard input, which is not there; pipe a picture into the command")
+    data = sys.stdin.buffer.read(MAX_PIPED + 1)
+    if len(data) > MAX_PIPED:
+        raise ValueError(f"layout '-', standard input, has more than {MAX_PIPED:,} bytes; give it as a file")
+    with readable("layout '-', standard input,"):
+        return read_layout(io.BytesIO(data))
+
+
+def read_layout(file: BinaryIO) -> Layout:
+    """The picture in an open file."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with Image.open(file, formats=FORMATS) as opened:
+        return Layout(to_rgb(opened), digest, getattr(opened, "is_animated", False))
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Within it, whatever Pillow raises becomes a ValueError that begins with `what`."""
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as "corrupt EXIF data"
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            with Image.open(file, formats=FORMATS) as opened:
-                is_animated = getattr(opened, "is_animated", False)
-                picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-        if picture.mode in ("I", "F", "LAB"):
-            raise ValueError(f"its pixels are of the kind {picture.mode}")
-        picture = picture.convert("RGBA")
+            yield
     except UnidentifiedImageError:
-        raise ValueError(f"layout {str(path)!r} is not a readable picture; use {', '.join(FORMATS)}") from None
+        raise ValueError(f"{what} is not a readable picture; use {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"is too large ({str(error).partition(',')[0]})"
-        raise ValueError(f"layout {str(path)!r} {reason}; scale it down to fewer than 89 million pixels") from error
+        raise ValueError(f"{what} {reason}; scale it down to fewer than 89 million pixels") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever their parsing of a broken file trips over
         reason = str(error) or type(error).__name__
-        raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it anew, as PNG") from error
-    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return Layout(on_white, digest, is_animated)
+        raise ValueError(f"{what} is not a readable picture ({reason}); save it anew, as PNG") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as RGB: EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted,
+    and transparency is laid on white; colour profiles are not read. Raises ValueError for other pixels than those of 8
+    or 16 bits."""
+    picture = ImageOps.exif_transpose(picture)
+    if not all(picture.size):
+        raise ValueError("it has no pixels")
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    if picture.mode in ("I", "F", "LAB"):
+        raise ValueError(f"its pixels are of the kind {picture.mode}")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def as_layout(given: Tensor | Image.Image | Path | str, size: tuple[int, int]) -> Tensor | str:
+    """A layout as it is given in Python -> pictures (1 or B, 3, H, W) in [-1, 1], or a prompt.
+
+    A PIL picture, or that in the file of a Path, is fitted to `size` = (height, width). A tensor has its own size. A
+    str is a prompt. Raises TypeError for any other object, FileNotFoundError for a Path to nothing, and ValueError for
+    what is no picture and for a str that names a file.
+    """
+    if isinstance(given, Path):
+        options.check({"layout": given})
+        return fit(open_layout(given).picture, size)
+    if isinstance(given, Image.Image):
+        with readable("layout"):
+            return fit(to_rgb(given), size)
+    if isinstance(given, Tensor):
+        check_pixels(given)
+    elif not isinstance(given, str):
+        right = "a Path or a PIL picture, a tensor (1 or B, 3, height, width) in [-1, 1], or a prompt"
+        raise TypeError(f"layout is of the type {type(given).__name__}; give {right}")
+    elif Path(given).suffix and os.path.isfile(given):
+        name = machine.shown(given)
+        right = f"give the picture as Path({name}), on the command line with --layout"
+        raise ValueError(f"layout {name} is the name of a file, and as a str it would be a prompt; {right}")
+    return given
+
+
+def check_pixels(layout: Tensor) -> None:
+    """Raises ValueError unless a tensor is pictures (B, 3, height, width) of floating-point numbers, about -1 to 1."""
+    right = "give (1 or B, 3, height, width) of float32 in [-1, 1], as fit() makes it"
+    is_plain = layout.layout is torch.strided and not layout.is_meta
+    if layout.ndim != 4 or layout.shape[1] != 3 or not layout.numel() or not layout.is_floating_point() or not is_plain:
+        raise ValueError(f"layout is {tuple(layout.shape)} of {layout.dtype} on {layout.device}; {right}")
+    largest = layout.float().abs().amax().item()
+    if not largest <= 2:  # NaN is not; resampling overshoots 1; 0..255 is far above
+        raise ValueError(f"layout has values of up to {largest:g}; {right}")
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -91,15 +158,6 @@ def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
     if layout and layout.picture.size != size[::-1]:
         before, after = (f"{width}x{height}" for width, height in (layout.picture.size, size[::-1]))
         yield f"layout: resized and centre-cropped from {before} to {after}"
-
-
-def size_of(layout: Tensor) -> tuple[int, int]:
-    """(height, width) of a layout. Raises ValueError unless it is pictures (B, 3, height, width) of floating-point
-    numbers."""
-    if layout.ndim != 4 or layout.shape[1] != 3 or not layout.is_floating_point():
-        kind = f"{tuple(layout.shape)} of {layout.dtype}"
-        raise ValueError(f"layout is {kind}; give (1 or B, 3, height, width) of float32 in [-1, 1], as fit() makes it")
-    return tuple(layout.shape[2:])
 
 
 def to_images(y: Tensor) -> list[Image.Image]:

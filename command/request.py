@@ -1,5 +1,6 @@
 """What a command asks for, with the files that it names: read and checked before a checkpoint is loaded."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,17 @@ class Request:
         return {"parameters": parameters, "checkpoint": models.identity, "versions": machine.versions()} | digests
 
 
+def check_recorded(name: str, path: str) -> None:
+    """Raises ValueError or FileNotFoundError for a path in the picture that is made again which leads nowhere here."""
+    if name == "layout" and path == "-":
+        raise ValueError("the picture's layout came through standard input; give the layout with --layout")
+    is_hub_id = name == "weights" and path.partition("@")[0].count("/") == 1  # or a path; the loader finds out
+    if not is_hub_id and not os.path.exists(path):
+        folder = "" if os.path.isabs(path) else "; it is relative to the folder in which the picture was made"
+        right = f"give it with --{name}" + " or go there" * bool(folder)
+        raise FileNotFoundError(f"{name} {machine.shown(path)}, named in the picture, does not exist{folder}; {right}")
+
+
 def read(asked: dict) -> Request:
     """Reads and checks all that can be before a checkpoint is there.
 
@@ -115,6 +127,13 @@ def read(asked: dict) -> Request:
         raise ValueError("the content prompt is missing; give it as the first argument")
     if ("layout" in given) == ("layout_prompt" in given):
         raise ValueError("give one of --layout IMAGE and --layout-prompt TEXT")
+    for name in options.places(PICTURE):
+        if name in given and name not in asked:
+            check_recorded(name, given[name])
+    layout = None
+    if "layout" in given:
+        is_piped = str(given["layout"]) == "-"
+        layout = pictures.piped_layout() if is_piped else pictures.open_layout(given["layout"])
     o = options.DEFAULTS | given
     seeds = range(o["seed"], o["seed"] + o["count"])
     request = Request(
@@ -122,7 +141,7 @@ def read(asked: dict) -> Request:
         before,
         seeds=seeds,
         paths=pictures.output_paths(o["output"], seeds),
-        layout=pictures.open_layout(given["layout"]) if "layout" in given else None,
+        layout=layout,
         noise=noise.read(given["noise"]) if "noise" in given else None,
     )
     for name, file in (("layout", request.layout), ("noise", request.noise)):

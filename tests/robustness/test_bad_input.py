@@ -5,6 +5,7 @@ must raise a documented exception before the UNet is called.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -169,6 +170,53 @@ def test_a_picture_that_fits_is_left_alone_and_nothing_is_said(tmp_path):
     assert (code, out) == (0, "mix.png\n")
     code, out, _ = run("--again", "mix.png", cwd=tmp_path)
     assert (code, out) == (0, "layout: layout.png\nmix.png\n")
+
+
+# ----------------------------------------------------------------------------------------------- standard input
+
+
+def piped(data, *arguments, cwd):
+    """The command as the shell runs it, with the bytes, or what a file holds, on standard input."""
+    line = [sys.executable, str(ROOT / "magicmix.py"), "a tiger", "--steps", "2", "--size", "64", *arguments]
+    return subprocess.run(line, input=data, cwd=cwd, capture_output=True, timeout=300)
+
+
+def test_a_layout_from_standard_input(tmp_path):
+    """The same picture as from the file. It is made again with the layout given anew, never from what is piped in."""
+    mix = ("a tiger", "--steps", "2", "--size", "64", "--quiet")
+    done = piped(LAYOUT.read_bytes(), "--layout", "-", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert run(*mix, "--layout", LAYOUT, "-o", "file.png", cwd=tmp_path).code == 0
+    one, two = (Image.open(tmp_path / name) for name in ("mix.png", "file.png"))
+    assert np.array_equal(np.asarray(one), np.asarray(two))
+    one, two = (json.loads(picture.info["magicmix"]) for picture in (one, two))
+    assert one["parameters"].pop("layout") == "-" and two["parameters"].pop("layout") == str(LAYOUT)
+    assert one == two, "the layout's sha256 too"
+    first = (tmp_path / "mix.png").read_bytes()
+    assert run("--again", "mix.png", "--layout", LAYOUT, "-o", "b.png", "--quiet", cwd=tmp_path).code == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.asarray(Image.open(tmp_path / "mix.png")))
+    done = run("--again", "mix.png", cwd=tmp_path)
+    line = "magicmix: the picture's layout came through standard input; give the layout with --layout\n"
+    assert (done.code, done.err) == (2, line) and (tmp_path / "mix.png").read_bytes() == first
+
+
+class Terminal(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+def test_standard_input_that_is_no_layout(monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIPED", 1000)
+    for stream, message in [
+        (io.BytesIO(b""), "layout '-', standard input, is not a readable picture; use PNG, JPEG"),
+        (io.BytesIO(b"no picture"), "layout '-', standard input, is not a readable picture; use PNG, JPEG"),
+        (io.BytesIO(bytes(1001)), "layout '-', standard input, has more than 1,000 bytes; give it as a file"),
+        (Terminal(), "layout '-' is standard input, which is not there; pipe a picture into the command"),
+        (None, "layout '-' is standard input, which is not there; pipe a picture into the command"),
+    ]:
+        monkeypatch.setattr(sys, "stdin", stream and io.TextIOWrapper(stream))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pictures.piped_layout()
 
 
 # ------------------------------------------------------------------------------------------------------ numbers
@@ -633,12 +681,13 @@ def test_a_description_needs_one_source(arguments, capsys, monkeypatch):
 def test_sources_that_are_none(tmp_path):
     text = ("a tiger", "--layout-prompt", "a car")
     os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "other.png").write_bytes(PRECIOUS)
     for source, message in {
         "nowhere": "'nowhere' is no folder, no .safetensors file and no hub id",
         "gone.safetensors": "gone.safetensors is missing",
         "pipe.safetensors": "pipe.safetensors is missing",
         "/dev/zero": "/dev/zero is missing",
-        "mix.png": "mix.png is not a readable safetensors file",
+        "other.png": "other.png is not a readable safetensors file",
         "x" * 300: "is too long (a name has up to 255 bytes, a path 4095); give a folder, a .safetensors file or a hub",
         "x/" * 2500: "is too long (a name has up to 255 bytes, a path 4095); give a folder",
         "é" * 128: "is too long (a name has up to 255 bytes, a path 4095); give a folder",
@@ -933,7 +982,8 @@ LATER = [  # that is refused when it is used
     (again(layout="layout.png"), "give one of --layout IMAGE and --layout-prompt TEXT"),
     ({"parameters": {"layout_prompt": "a car"}}, "the content prompt is missing"),
     (again(weights="/dev/zero"), "/dev/zero is missing"),
-    (again(weights="model.ckpt"), "is a pickle"),
+    (again(weights="model.ckpt"), "weights 'model.ckpt', named in the picture, does not exist; it is relative to"),
+    (again(noise="/gone/eps.npy"), "noise '/gone/eps.npy', named in the picture, does not exist; give it with --noise"),
     (again(vae="/dev/zero"), "/dev/zero is missing"),
     (again(noise="/dev/zero"), "noise '/dev/zero' cannot be read: it is not a file"),
     (again() | {"checkpoint": {"unet": "0"}}, "made with another checkpoint; give its folder with --weights"),
@@ -983,6 +1033,25 @@ def test_a_path_from_the_metadata_is_shown_before_it_is_followed(tmp_path):
     assert code == 2
     assert out == "layout: \\x1b[2Jsecret.png\nnoise: eps.npy\nweights: model folder\nvae: other\n"
     assert "does not exist" in error and "\x1b" not in error
+
+
+def test_a_picture_made_again_in_another_folder(tmp_path):
+    """Its paths are relative to where it was made; they, or the files that are given, lead to the same picture."""
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    made.mkdir(), elsewhere.mkdir()
+    shutil.copy(LAYOUT, made / "layout.png")
+    np.save(made / "eps.npy", np.zeros((1, 4, 8, 8), dtype=np.float32))
+    mix = ("a tiger", "--layout", "layout.png", "--noise", "eps.npy", "--steps", "2", "--size", "64", "--quiet")
+    assert run(*mix, cwd=made).code == 0
+    gone = "named in the picture, does not exist; it is relative to the folder in which the picture was made; give it"
+    error = refused("--again", made / "mix.png", cwd=elsewhere, message=f"layout 'layout.png', {gone} with --layout or")
+    assert error.endswith("or go there\n")
+    layout = ("--layout", made / "layout.png")
+    refused("--again", made / "mix.png", *layout, cwd=elsewhere, message=f"noise 'eps.npy', {gone} with --noise or go")
+    noise = ("--noise", made / "eps.npy")
+    assert run("--again", made / "mix.png", *layout, *noise, "--quiet", cwd=elsewhere).code == 0
+    pixels = [np.asarray(Image.open(folder / "mix.png")) for folder in (made, elsewhere)]
+    assert np.array_equal(*pixels)
 
 
 def test_another_layout_replaces_the_recorded_one(tmp_path):
