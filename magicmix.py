@@ -6,15 +6,17 @@
 k_max, k_min and nu set how much of the layout stays.
 """
 
-from command import machine
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+    from command import machine
+
     machine.end_on_signals()  # before torch's import, which Ctrl-C would abort with a traceback
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,8 +25,8 @@ from torch import Tensor
 
 import clip
 import weights
+from command import machine, options, pictures, request
 from command import noise as noise_files
-from command import options, pictures, request
 from command.options import Options
 from scheduler import Schedule
 from weights import Checkpoint
@@ -154,8 +156,7 @@ class Noise:
     """
 
     def __init__(self, seeds: Sequence[int] | int, size: tuple[int, int], device: torch.device):
-        seeds = options.seeds_of(seeds)
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in options.seeds_of(seeds)]
         self.shape, self.device = (1, 4, *size), device
 
     def __call__(self) -> Tensor:
@@ -181,17 +182,15 @@ def magicmix(
     Args:
         models: from weights.load.
         prompt: the content.
-        layout: a prompt; a Path or a PIL picture, which is fitted to `size`; or pictures (1 or B, 3, f H, f W) in
-            [-1, 1], f the VAE's factor.
+        layout: a prompt; a Path or PIL picture, fitted to `size`; or (1 or B, 3, f H, f W) in [-1, 1], f of the VAE.
         seeds: one per picture, B pictures in one batch; or one number.
         noise: in place of seeds: what draws the noise, eps first; float32 on the models' device.
         given: the options of the mixing, as command.options.Options has them: k_max, k_min, nu, steps, guidance,
             negative, token_weights, sampler, eta, and size, (height, width) or one number of pixels, unless the layout
             is a tensor. What is not given is the checkpoint's own default, or else the general one.
 
-    Raises, when a step is asked for, TypeError for an unknown option or an object of a type that has no meaning there,
-    ValueError for a value that cannot be right, FileNotFoundError for a layout that is not there, CheckpointError (a
-    ValueError) for weights with NaN or Inf, and FloatingPointError for numbers that overflow.
+    Raises, when a step is asked for, TypeError for an unknown option or type, ValueError for a value that cannot be
+    right, FileNotFoundError, CheckpointError (a ValueError) for NaN or Inf in weights, FloatingPointError for overflow.
     """
     o = options.of_mix(options.own(models), given)
     schedule = Schedule(models.schedule, o.steps)

@@ -71,6 +71,36 @@ def test_one_thread_or_two(tmp_path):
     assert abs(grey(tmp_path / "one.png") - grey(tmp_path / "two.png")).max() <= 1
 
 
+def test_isolated(tmp_path):
+    """`python -I` leaves the script's own folder out of the path, and what PYTHONPATH says."""
+    line = [sys.executable, "-I", str(ROOT / "magicmix.py"), "a tiger", "--layout", str(LAYOUT), *FAST]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Image.open(tmp_path / "mix.png").size == (64, 64)
+
+
+SCRIPT = """import weights
+from magicmix import decode, text_to_image
+
+models = weights.load()
+*_, last = text_to_image(models, "a tiger", steps=2, size=16)
+decode(models, last.x)[0].save("made.png")
+"""
+
+
+def test_a_script_outside_the_clone(tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-W", "ignore", "mine.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Image.open(tmp_path / "made.png").size == (16, 16)
+    (tmp_path / "made.png").unlink()
+    environment.pop("PYTHONPATH")
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "No module named 'weights'" in done.stderr, "the path makes the difference"
+
+
 def test_count_writes_one_picture_a_seed(tmp_path):
     shared = ["a tiger", "--layout-prompt", "a house", *FAST]
     assert magicmix.main([*shared, "--seed", "5", "--count", "3", "-o", str(tmp_path / "v.png")]) == 0
