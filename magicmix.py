@@ -6,12 +6,15 @@
 k_max, k_min and nu set how much of the layout stays.
 """
 
-from command import machine
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+    from command import machine
+
     machine.begin()  # before torch's import, which Ctrl-C would abort with a traceback
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +25,8 @@ from torch import Tensor
 
 import clip
 import weights
+from command import machine, options, pictures, request
 from command import noise as noise_files
-from command import options, pictures, request
 from command.options import Options
 from scheduler import Schedule
 from weights import Checkpoint, memory
@@ -148,18 +151,15 @@ class Noise:
     not on its batch or device. The first draw is eps; samplers that need noise draw on.
 
     Args:
-        seeds: one per picture.
+        seeds: one per picture; one number is one picture's.
         size: (H, W) of the latents.
         device: where the noise is used.
 
-    Raises ValueError for a seed that cannot be one.
+    Raises TypeError or ValueError for seeds that cannot be.
     """
 
-    def __init__(self, seeds: Sequence[int], size: tuple[int, int], device: torch.device):
-        options.check({"count": len(seeds)})
-        for seed in seeds:
-            options.check({"seed": seed})
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int] | int, size: tuple[int, int], device: torch.device):
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in options.seeds_of(seeds)]
         self.shape, self.device = (1, 4, *size), device
 
     def __call__(self) -> Tensor:
@@ -173,9 +173,9 @@ class Noise:
 def magicmix(
     models: Checkpoint,
     prompt: str,
-    layout: Tensor | str,
+    layout: Tensor | Image | Path | str,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | int = (0,),
     noise: Draw | None = None,
     **given,
 ) -> Iterator[Step]:
@@ -185,26 +185,27 @@ def magicmix(
     Args:
         models: from weights.load.
         prompt: the content.
-        layout: pictures (1 or B, 3, f H, f W) in [-1, 1], f the VAE's factor, on the models' device; or a prompt.
-        seeds: one per picture; B = len(seeds) pictures are made in one batch.
+        layout: a prompt; a Path or PIL picture, fitted to `size`; or (1 or B, 3, f H, f W) in [-1, 1], f of the VAE.
+        seeds: one per picture, B pictures in one batch; or one number.
         noise: in place of seeds: what draws the noise, eps first; float32 on the models' device.
         given: the options of the mixing, as command.options.Options has them: k_max, k_min, nu, steps, guidance,
-            negative, token_weights, sampler, eta, and size = (height, width) in pixels for a layout prompt. What is not
-            given is the checkpoint's own default, or else the general one.
+            negative, token_weights, sampler, eta, and size, (height, width) or one number of pixels, unless the layout
+            is a tensor. What is not given is the checkpoint's own default, or else the general one.
 
-    Raises, when a step is asked for, TypeError for an unknown option, ValueError for a value that cannot be right,
-    CheckpointError (a ValueError) for weights with NaN or Inf, and FloatingPointError for numbers that overflow.
+    Raises, when a step is asked for, TypeError for an unknown option or type, ValueError for a value that cannot be
+    right, FileNotFoundError, CheckpointError (a ValueError) for NaN or Inf in weights, FloatingPointError for overflow.
     """
-    o = options.of_mix(models.defaults, given)
+    o = options.of_mix(options.own(models), given)
     schedule = Schedule(models.schedule, o.steps)
     K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
-    size = models.latent_size(pictures.size_of(layout) if isinstance(layout, Tensor) else o.size)
+    layout = pictures.as_layout(layout, o.size)
+    size = models.latent_size(tuple(layout.shape[2:]) if isinstance(layout, Tensor) else o.size)
     models.warn_if_untrained(size, prompt, layout, o.negative)
-    noise = noise or Noise(seeds, size, models.device)
-    eps = noise_files.checked(noise())
+    noise = Noise(seeds, size, models.device) if noise is None else noise
+    eps = noise_files.first(noise)
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     if isinstance(layout, Tensor):
-        x0 = noise_files.matched(models.vae.encode(layout), eps)  # (B, 4, H, W)
+        x0 = noise_files.matched(models.vae.encode(layout.to(models.device)), eps)  # (B, 4, H, W)
         yield from mix(content, ImageLayout(schedule, x0, eps), K_max, K_min, o.nu)
     else:
         schedule.warn_if_not_noise()
@@ -217,16 +218,16 @@ def magicmix(
 
 @torch.no_grad()
 def text_to_image(
-    models: Checkpoint, prompt: str, *, seeds: Sequence[int] = (0,), noise: Draw | None = None, **given
+    models: Checkpoint, prompt: str, *, seeds: Sequence[int] | int = (0,), noise: Draw | None = None, **given
 ) -> Iterator[Step]:
     """A prompt alone, from noise to clean: a generator of T Steps. Arguments and errors are those of `magicmix`, but
     there is no layout, k_max, k_min or nu."""
-    o = options.of_mix(models.defaults, given, unused=("k_max", "k_min", "nu"))
+    o = options.of_mix(options.own(models), given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
     models.warn_if_untrained(models.latent_size(o.size), prompt, o.negative)
-    noise = noise or Noise(seeds, models.latent_size(o.size), models.device)
-    eps = noise_files.checked(noise())
+    noise = Noise(seeds, models.latent_size(o.size), models.device) if noise is None else noise
+    eps = noise_files.first(noise)
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
     yield from trajectory(content, eps, o.steps, 0, "content")
 

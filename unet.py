@@ -257,17 +257,18 @@ class UNet2DConditionModel(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, token_weights: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor, token_weights: Tensor | None = None) -> Tensor:
         """One prediction.
 
         Args:
             x: noisy latents (B, C, H, W), any H and W; like the context in the weights' dtype.
-            t: timesteps (B,), integers from 0 to below num_train_timesteps.
+            t: timesteps (B,), integers from 0 to below num_train_timesteps; or one for all.
             context: text states (B, L, cross_attention_dim).
             token_weights: (B, L), the weight of each token's column in every cross-attention map; None for all 1.
 
         Returns (B, C, H, W): epsilon or v, whichever the checkpoint was trained to predict.
         """
+        t = torch.as_tensor(t, device=x.device).expand(len(x))  # (B,)
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         x = self.conv_in(x)
         skips = [x]

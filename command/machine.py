@@ -74,6 +74,15 @@ def one_line(text: object) -> str:
     return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
+def shown(value: object) -> str:
+    """A value for a message: its repr, of which at most 100 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of more than 4,300 digits has none; an object's own may raise anything
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
+
+
 def printable(text: str) -> str:
     """Text with its control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -85,8 +94,52 @@ def show(lines: list[str]) -> None:
         print(printable(line))
 
 
+class Stream:
+    """A standard stream whose failure does not end the work: `check` tells of it afterwards. One that was closed before
+    the start, for which Python has None, takes everything and has no failure. A context: within it, sys has this one.
+
+    Args:
+        name: stdout or stderr.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.before, self.error = name, getattr(sys, name), None
+        self.stream = self.before or open(os.devnull, "w")  # else the next file to be opened would be file 1 or 2
+
+    def __enter__(self) -> "Stream":
+        setattr(sys, self.name, self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        setattr(sys, self.name, self.before)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def attempt(self, action: Callable, *arguments) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.error = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # where its buffer goes in the end
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def check(self) -> None:
+        """Raises OSError that names the stream when it has failed."""
+        self.flush()
+        if self.error:
+            raise OSError(f"{self.name} cannot be written to: {self.error.strerror}; all else is done")
+
+
 def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool = False) -> int:
-    """Runs a command and returns its exit code: 0, or 2 after one line on stderr for input that cannot be used.
+    """Runs a command and returns its exit code: 0, or 2 after one line on stderr for input that cannot be used, or for
+    a stdout or stderr that could not be written to, when all else is done.
 
     Args:
         program: how its lines begin.
@@ -94,12 +147,14 @@ def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool
         quiet: no warnings.
         debug: the traceback above the line.
     """
-    with warnings.catch_warnings():
+    with Stream("stdout") as out, Stream("stderr") as err, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"{program}: {one_line(message)}")
         if quiet:
             warnings.simplefilter("ignore")
         try:
             work()
+            out.check()
+            err.check()
             return 0
         except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
             message = str(error)

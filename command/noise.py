@@ -76,10 +76,18 @@ class Known:
         return self.eps if self.drawn == 1 else self.later()
 
 
-def checked(eps: Tensor) -> Tensor:
-    """The first draw as it is. Raises ValueError unless it is (B, 4, H, W)."""
+def first(noise: Callable[[], Tensor]) -> Tensor:
+    """The first draw. Raises TypeError for what draws no tensor, ValueError for one that is not finite numbers
+    (B, 4, H, W)."""
+    if not callable(noise):
+        raise TypeError(f"noise is of the type {type(noise).__name__}; give what draws it, lambda: eps for a known eps")
+    eps = noise()
+    if not isinstance(eps, Tensor):
+        raise TypeError(f"noise draws an object of the type {type(eps).__name__}; it must draw tensors (B, 4, H, W)")
     if eps.ndim != 4 or eps.shape[1] != 4 or not eps.numel():
         raise ValueError(f"noise has shape {tuple(eps.shape)}; the first draw must be (B, 4, H, W)")
+    if not eps.is_floating_point() or not eps.isfinite().all():
+        raise ValueError(f"noise is {eps.dtype}, or holds NaN or Inf; the first draw must be finite numbers in float32")
     return eps
 
 

@@ -10,16 +10,20 @@ are all read from `Options`. Where an option may be set is its scope:
 
 import argparse
 import dataclasses
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
-from command.machine import one_line, version_lines
+from command.machine import one_line, run, shown, version_lines
 
 MIXING, PICTURE, RUN = "mixing", "picture", "run"
 ANYWHERE = (MIXING, PICTURE, RUN)
-FINITE = 1.7976931348623157e308  # the largest float
+LARGE = 1e38  # float32, in which the samplers compute, ends at 3.4e38
+URL = re.compile("(https?|ftp|file|s3|gs|hf):/|data:image/")  # one slash: a Path has lost the other
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes; Linux's and most file systems' bounds
 
 
 # ------------------------------------------------------------------------------------------------- kinds of values
@@ -35,6 +39,10 @@ class Kind:
         """The command line's text -> a value. Raises ArgumentTypeError."""
         return text
 
+    def plain(self, value: object) -> object:
+        """A checked value -> the one that stands for all its spellings: 3 for numpy's 3."""
+        return value
+
 
 @dataclass(frozen=True)
 class Number(Kind):
@@ -45,18 +53,24 @@ class Number(Kind):
     whole: bool = False
 
     def parse(self, text: str) -> float:
+        if len(text) > 400:  # int() takes no more than 4,300 digits; float() makes inf of them
+            raise argparse.ArgumentTypeError(f"{shown(text)} has {len(text):,} characters; use {self.right()}")
         try:
             return int(text) if self.whole else float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * self.whole}number") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)} is no {'whole ' * self.whole}number") from None
+
+    def right(self) -> str:
+        return f"{self.low} to {self.high}"
 
     def check(self, value: object) -> None:
         if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool):  # numpy's count as well
-            raise ValueError(f"{value!r} is no {'whole ' * self.whole}number")
+            raise ValueError(f"{shown(value)} is no {'whole ' * self.whole}number")
         if not self.low <= value <= self.high:  # NaN is in no range
-            finite = "finite numbers" if self.low == -FINITE else f"{self.low} or more"
-            right = finite if self.high == FINITE else f"{self.low} to {self.high}"
-            raise ValueError(f"{value} is out of range; use {right}")
+            raise ValueError(f"{shown(value)} is out of range; use {self.right()}")
+
+    def plain(self, value: object) -> float:
+        return int(value) if self.whole else float(value)  # torch multiplies by no integer above 2^63 - 1
 
 
 @dataclass(frozen=True)
@@ -65,9 +79,9 @@ class Text(Kind):
 
     def check(self, value: object) -> None:
         if type(value) is not str:
-            raise ValueError(f"{value!r} is no text")
+            raise ValueError(f"{shown(value)} is no text")
         if any("\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError(f"{value!r} holds half a character (a surrogate); write it in UTF-8")
+            raise ValueError(f"{shown(value)} holds half a character (a surrogate); write it in UTF-8")
 
 
 @dataclass(frozen=True)
@@ -77,17 +91,38 @@ class Choice(Kind):
     values: tuple[str, ...]
 
     def check(self, value: object) -> None:
-        if value not in self.values:
-            raise ValueError(f"{value!r} is not known; use {', '.join(self.values)}")
+        if not isinstance(value, str) or value not in self.values:
+            raise ValueError(f"{shown(value)} is not known; use {', '.join(self.values)}")
 
 
 @dataclass(frozen=True)
 class Place(Kind):
-    """A file, a folder or a hub id. A file's name may hold any bytes."""
+    """A file, a folder or a hub id; `right` says in words which. A file's name may hold any bytes but NUL."""
+
+    right: str
 
     def check(self, value: object) -> None:
-        if not isinstance(value, str | Path) or not str(value):
-            raise ValueError(f"{value!r} is no path")
+        if wrong := self.wrong(value):
+            raise ValueError(f"{shown(value)} {wrong} {self.right}")
+
+    def wrong(self, value: object) -> str:
+        """What is wrong with a path, as far as it can be known without the disk; "" for nothing."""
+        if not isinstance(value, str | Path):
+            return "is no path; give"
+        if not str(value):
+            return "is no path (from a shell variable that is not set?); give"
+        if URL.match(str(value)):
+            return "is a URL, and nothing is fetched from one; give"
+        try:
+            path = os.fsencode(value)  # a name on the disk that is no UTF-8 has surrogates, which this undoes
+        except UnicodeEncodeError:
+            return "holds half a character (a surrogate); give"
+        if b"\0" in path:
+            return "holds a NUL byte, which no path can; give"
+        longest = max(len(name) for name in path.split(b"/"))
+        if longest > LONGEST_NAME or len(path) > LONGEST_PATH:
+            return f"is too long (a name has up to {LONGEST_NAME} bytes, a path {LONGEST_PATH}); give"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -96,26 +131,32 @@ class Flag(Kind):
 
     def check(self, value: object) -> None:
         if type(value) is not bool:
-            raise ValueError(f"{value!r} is neither true nor false")
+            raise ValueError(f"{shown(value)} is neither true nor false")
 
 
 @dataclass(frozen=True)
 class Size(Kind):
-    """(height, width) in pixels, written WIDTHxHEIGHT, or one number for both."""
+    """(height, width) in pixels, or one number for both; written WIDTHxHEIGHT on the command line."""
 
     largest: int
 
     def parse(self, text: str) -> tuple[int, int]:
         sides = text.lower().split("x")
         if len(sides) > 2 or not all(side.isdecimal() and len(side) < 10 for side in sides):
-            raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number of pixels or WIDTHxHEIGHT")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is no size; use a number of pixels or WIDTHxHEIGHT")
         return int(sides[-1]), int(sides[0])
 
     def check(self, value: object) -> None:
-        if not isinstance(value, list | tuple) or [type(side) for side in value] != [int, int]:
-            raise ValueError(f"{value!r} is no pair of whole numbers")
-        if not all(1 <= side <= self.largest for side in value):
-            raise ValueError(f"{value[1]}x{value[0]} is out of range; use sides of up to {self.largest} pixels")
+        sides = value if isinstance(value, list | tuple) else (value, value)
+        if len(sides) != 2 or any(not isinstance(side, Integral) or isinstance(side, bool) for side in sides):
+            raise ValueError(f"{shown(value)} is no pair of whole numbers")
+        if not all(1 <= side <= self.largest for side in sides):
+            size = f"{shown(sides[1])}x{shown(sides[0])}"
+            raise ValueError(f"{size} is out of range; use sides of up to {self.largest} pixels")
+
+    def plain(self, value: object) -> tuple[int, int]:
+        height, width = value if isinstance(value, list | tuple) else (value, value)
+        return int(height), int(width)
 
 
 @dataclass(frozen=True)
@@ -123,22 +164,26 @@ class TokenWeights(Kind):
     """word -> s, written WORD=S, once per word."""
 
     is_repeated = True
+    number = Number(-LARGE, LARGE)
 
     def parse(self, text: str) -> tuple[str, float]:
         word, _, s = text.rpartition("=")
         if not word.strip():
-            raise argparse.ArgumentTypeError(f"{text!r} must be WORD=S, a word of the prompt and a number")
-        return word.strip(), Number(-FINITE, FINITE).parse(s)
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be WORD=S, a word of the prompt and a number")
+        return word.strip(), self.number.parse(s)
 
     def check(self, value: object) -> None:
         if not isinstance(value, dict):
-            raise ValueError(f"{value!r} is no table of words and numbers")
+            raise ValueError(f"{shown(value)} is no table of words and numbers")
         for word, s in value.items():
             Text().check(word)
             try:
-                Number(-FINITE, FINITE).check(s)
+                self.number.check(s)
             except ValueError as error:
                 raise ValueError(f"{word}: {error}; -2 to 2 is the useful range") from None
+
+    def plain(self, value: object) -> dict[str, float]:
+        return {word: self.number.plain(s) for word, s in value.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- the options
@@ -180,12 +225,13 @@ class Options:
     # fmt: off
     prompt: str | None = option(None, Text(), "the content: what the picture is to become", PICTURE)
     layout: Path | None = option(
-        None, Place(), "take the layout from this picture (image-text mixing)", PICTURE, metavar="IMAGE")
+        None, Place("a picture file"), "take the layout from this picture (image-text mixing)", PICTURE,
+        metavar="IMAGE")
     layout_prompt: str | None = option(
         None, Text(), "take the layout from this prompt's own denoising (text-text mixing)", PICTURE, metavar="TEXT")
     output: Path = option(
-        "mix.png", Place(), "the PNG to write; with --count, the seed is added to its name", RUN,
-        flags=("-o", "--output"))
+        "mix.png", Place("a name that ends in .png"), "the PNG to write; with --count, the seed is added to its name",
+        RUN, flags=("-o", "--output"))
 
     k_max: float = option(
         0.6, Number(0, 1), "K_max / T, where denoising starts: the larger, the less of the layout's detail is there")
@@ -198,7 +244,7 @@ class Options:
         "removes it; repeatable", metavar="WORD=S", unset="1 for all words", flags=("--token-weight", "--reweight"),
         former="reweight")
     steps: int = option(50, Number(1, 999, whole=True), "T, sampler steps from noise to clean")
-    guidance: float = option(7.5, Number(0, FINITE), "g of classifier-free guidance; 1 is none, in half the time")
+    guidance: float = option(7.5, Number(0, LARGE), "g of classifier-free guidance; 1 is none, in half the time")
     negative: str = option("", Text(), "what to move away from, in place of the empty prompt", metavar="TEXT")
     sampler: str = option("ddim", Choice(("ddim", "ddpm")), "the sampler")
     eta: float = option(0.0, Number(0, 1), "DDIM's noise: 0 is deterministic")
@@ -212,20 +258,25 @@ class Options:
     sheet: bool = option(
         False, Flag(), "write a contact sheet of all pictures as well, with -sheet added to the output's name", RUN)
     noise: Path | None = option(
-        None, Place(), "take eps from this .npy or .safetensors file of (B, 4, H, W)", PICTURE, metavar="FILE",
-        unset="drawn from the seed")
+        None, Place("a .npy or .safetensors file"), "take eps from this .npy or .safetensors file of (B, 4, H, W)",
+        PICTURE, metavar="FILE", unset="drawn from the seed")
     noise_row: int = option(
-        0, Number(0, FINITE, whole=True), "the row of that file that the first picture takes", PICTURE, metavar="ROW")
+        0, Number(0, 2**63 - 1, whole=True), "the row of that file that the first picture takes", PICTURE,
+        metavar="ROW")
     keep_noise: Path | None = option(
-        None, Place(), "write eps to this .npy or .safetensors file", RUN, metavar="FILE", unset="not written")
+        None, Place("a name that ends in .npy or .safetensors"), "write eps to this .npy or .safetensors file", RUN,
+        metavar="FILE", unset="not written")
 
     weights: Path | None = option(
-        None, Place(), "a checkpoint: a folder in the diffusers format, a .safetensors file in the original format, or "
-        "a hub id, optionally @revision", PICTURE, metavar="SOURCE", unset="the embedded one")
+        None, Place("a folder, a .safetensors file or a hub id"), "a checkpoint: a folder in the diffusers format, a "
+        ".safetensors file in the original format, or a hub id, optionally @revision", PICTURE, metavar="SOURCE",
+        unset="the embedded one")
     unet: Path | None = option(
-        None, Place(), "another UNet, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's")
+        None, Place("a folder or a .safetensors file"), "another UNet, a folder or a file", PICTURE, metavar="PATH",
+        unset="the checkpoint's")
     vae: Path | None = option(
-        None, Place(), "another autoencoder, a folder or a file", PICTURE, metavar="PATH", unset="the checkpoint's")
+        None, Place("a folder or a .safetensors file"), "another autoencoder, a folder or a file", PICTURE,
+        metavar="PATH", unset="the checkpoint's")
     no_ema: bool = option(False, Flag(), "the raw weights, where a file has averaged ones too", PICTURE)
     prediction: str = option(
         "auto", Choice(("auto", "epsilon", "v")), "what the UNet predicts; auto: as its config says, or a probe",
@@ -242,14 +293,15 @@ class Options:
     quiet: bool = option(False, Flag(), "no progress bar, no messages but the paths that --again follows", RUN)
     debug: bool = option(False, Flag(), "show the traceback of an error as well", RUN)
     again: Path | None = option(
-        None, Place(), "make a picture again from the parameters in it; other options override them", RUN,
-        metavar="PICTURE")
+        None, Place("a picture that magicmix made"), "make a picture again from the parameters in it; other options "
+        "override them", RUN, metavar="PICTURE")
     # fmt: on
 
     def __post_init__(self):
         check({name: value for name, value in vars(self).items() if not is_left_out(name, value)})
-        if self.size is not None:
-            object.__setattr__(self, "size", tuple(self.size))  # JSON has lists
+        for name, value in vars(self).items():
+            if value is not None:
+                object.__setattr__(self, name, FACTS[name]["kind"].plain(value))
 
     @property
     def K_max(self) -> int:
@@ -275,6 +327,11 @@ def names(*scopes: str) -> list[str]:
     return [name for name, facts in FACTS.items() if facts["scope"] in scopes]
 
 
+def places(*scopes: str) -> list[str]:
+    """Those of them that name a file or a folder."""
+    return [name for name in names(*scopes) if isinstance(FACTS[name]["kind"], Place)]
+
+
 def check(values: dict, where: str = "", scopes: Sequence[str] = ANYWHERE) -> None:
     """Raises ValueError for the first value that cannot be right.
 
@@ -285,7 +342,7 @@ def check(values: dict, where: str = "", scopes: Sequence[str] = ANYWHERE) -> No
     """
     for name, value in values.items():
         if name not in names(*scopes):
-            raise ValueError(f"{where}{name} = {value!r} may not stand there; use {', '.join(names(*scopes))}")
+            raise ValueError(f"{where}{name} = {shown(value)} may not stand there; use {', '.join(names(*scopes))}")
         try:
             FACTS[name]["kind"].check(value)
         except ValueError as error:
@@ -327,9 +384,30 @@ def check_defaults(own: dict, given: dict) -> None:
         raise ValueError(f"k_min {k_min} is above k_max {k_max}, {whose}; give a k_max of {k_min} to 1 as well")
 
 
+def own(models: object) -> dict:
+    """A checkpoint's own defaults. Raises TypeError for what is no checkpoint."""
+    if not isinstance(getattr(models, "defaults", None), dict):
+        raise TypeError(f"models is of the type {type(models).__name__}; give what weights.load() returns")
+    return models.defaults
+
+
+def seeds_of(seeds: Sequence[int] | int) -> list[int]:
+    """One seed per picture. Raises TypeError for what has no length, ValueError for what are no seeds."""
+    if isinstance(seeds, Integral):
+        seeds = [seeds]
+    try:
+        check({"count": len(seeds)})  # before they are counted out: range(10**12) has a length too
+        seeds = list(seeds)
+    except (TypeError, OverflowError):
+        raise TypeError(f"seeds is {shown(seeds)}; give a whole number, or a list or range of them") from None
+    for seed in seeds:
+        check({"seed": seed})
+    return [int(seed) for seed in seeds]
+
+
 def is_left_out(name: str, value: object) -> bool:
-    """None stands for the default where that is None too."""
-    return value is None and DEFAULTS[name] is None
+    """None stands for the default where that is None or empty."""
+    return value is None and DEFAULTS[name] in (None, "")
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -347,6 +425,10 @@ EXAMPLES = """examples:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
+
+    def print_help(self, file=None):
+        if code := run("magicmix", lambda: print(self.format_help(), end="")):  # argparse hides a full disk
+            self.exit(code)
 
 
 class ShowVersions(argparse.Action):
@@ -428,7 +510,7 @@ def recall(recorded: dict, asked: dict) -> dict:
     layouts = {"layout", "layout_prompt"}
     if asked.keys() & layouts:  # a layout of either kind replaces the recorded one
         recorded = {name: value for name, value in recorded.items() if name not in layouts}
-    for name in FACTS:
-        if name in recorded and name not in asked and isinstance(FACTS[name]["kind"], Place):
-            print(f"{name}: {one_line(recorded[name])}")
+    for name in places(PICTURE):
+        if name in recorded and name not in asked:
+            print(f"{name}: {one_line(recorded[name])}", flush=True)
     return recorded | asked

@@ -1,9 +1,12 @@
 """Pictures in files: the layout that is read, the mix that is written, and the parameters in it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import struct
+import sys
 import tempfile
 import uuid
 import warnings
@@ -22,6 +25,7 @@ from command.colours import to_srgb
 # Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")  # the brands of phones' pictures
+MAX_PIPED = 1 << 28  # bytes; a picture of 89 million pixels has as many, uncompressed
 MAX_TEXT = 1 << 18  # characters of metadata; of a prompt, some hundreds are read
 
 
@@ -46,44 +50,56 @@ class Layout(NamedTuple):
 
 
 def open_layout(path: str | Path) -> Layout:
-    """Reads a picture file.
-
-    EXIF rotation is applied, 16-bit greys are scaled to 8 bits, CMYK and palettes are converted, colour profiles are
-    converted to sRGB, and transparency is laid on white. HEIC is read where pillow-heif is installed. Raises
-    FileNotFoundError, or ValueError for anything but a picture of 8 or 16 bits and of fewer than 89 million pixels
-    (Pillow's bound against decompression bombs).
-    """
+    """Reads a picture file. Raises FileNotFoundError, or ValueError for anything but a picture that `to_rgb` takes, of
+    fewer than 89 million pixels (Pillow's bound against decompression bombs). HEIC is read where pillow-heif is
+    installed."""
     path = Path(path)
     must_be_file(path, "layout", "give a picture file")
+    with readable(f"layout {str(path)!r}"), path.open("rb") as file:
+        return read_layout(file)
+
+
+def piped_layout() -> Layout:
+    """Reads a picture from standard input. Raises ValueError as `open_layout` does, and for more than MAX_PIPED
+    bytes."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("layout '-' is standard input, which is not there; pipe a picture into the command")
+    data = sys.stdin.buffer.read(MAX_PIPED + 1)
+    if len(data) > MAX_PIPED:
+        raise ValueError(f"layout '-', standard input, has more than {MAX_PIPED:,} bytes; give it as a file")
+    with readable("layout '-', standard input,"):
+        return read_layout(io.BytesIO(data))
+
+
+def read_layout(file: BinaryIO) -> Layout:
+    """The picture in an open file."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with open_pixels(file) as opened:
+        picture, colours = to_rgb(opened)
+        return Layout(picture, digest, getattr(opened, "is_animated", False), colours)
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Within it, whatever Pillow raises becomes a ValueError that begins with `what`."""
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as "corrupt EXIF data"
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            with open_pixels(file) as opened:
-                is_animated = getattr(opened, "is_animated", False)
-                picture = ImageOps.exif_transpose(opened)
-        profile = picture.info.get("icc_profile", b"")  # None for one that Pillow cannot read
-        if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-        if picture.mode in ("I", "F", "LAB"):
-            raise ValueError(f"its pixels are of the kind {picture.mode}")
-        picture, colours = to_srgb(picture, profile)
+            yield
     except UnidentifiedImageError:
-        raise ValueError(f"layout {str(path)!r} is not a readable picture; use {', '.join(FORMATS)}") from None
+        raise ValueError(f"{what} is not a readable picture; use {', '.join(FORMATS)}") from None
     except ImportError:
         way_out = "pip install pillow-heif lets it be read, or save it as PNG or JPEG"
-        raise ValueError(f"layout {str(path)!r} is HEIC; {way_out}") from None
+        raise ValueError(f"{what} is HEIC; {way_out}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"is too large ({str(error).partition(',')[0]})"
-        raise ValueError(f"layout {str(path)!r} {reason}; scale it down to fewer than 89 million pixels") from error
+        raise ValueError(f"{what} {reason}; scale it down to fewer than 89 million pixels") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever their parsing of a broken file trips over
         reason = str(error) or type(error).__name__
-        raise ValueError(f"layout {str(path)!r} is not a readable picture ({reason}); save it anew, as PNG") from error
-    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return Layout(on_white, digest, is_animated, colours)
+        raise ValueError(f"{what} is not a readable picture ({reason}); save it anew, as PNG") from error
 
 
 def open_pixels(file: BinaryIO) -> Image.Image:
@@ -114,6 +130,58 @@ def is_heic(start: bytes) -> bool:
     return start[4:8] == b"ftyp" and not brands.isdisjoint(HEIC)
 
 
+def to_rgb(picture: Image.Image) -> tuple[Image.Image, str]:
+    """A picture as RGB, and what was done to its colours, "" for nothing: EXIF rotation is applied, 16-bit greys are
+    scaled to 8 bits, CMYK and palettes are converted, colour profiles are converted to sRGB, and transparency is laid
+    on white. Raises ValueError for other pixels than those of 8 or 16 bits."""
+    picture = ImageOps.exif_transpose(picture)
+    profile = picture.info.get("icc_profile", b"")  # None for one that Pillow cannot read
+    if not all(picture.size):
+        raise ValueError("it has no pixels")
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    if picture.mode in ("I", "F", "LAB"):
+        raise ValueError(f"its pixels are of the kind {picture.mode}")
+    picture, colours = to_srgb(picture, profile)
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), colours
+
+
+def as_layout(given: Tensor | Image.Image | Path | str, size: tuple[int, int]) -> Tensor | str:
+    """A layout as it is given in Python -> pictures (1 or B, 3, H, W) in [-1, 1], or a prompt.
+
+    A PIL picture, or that in the file of a Path, is fitted to `size` = (height, width). A tensor has its own size. A
+    str is a prompt. Raises TypeError for any other object, FileNotFoundError for a Path to nothing, and ValueError for
+    what is no picture and for a str that names a file.
+    """
+    if isinstance(given, Path):
+        options.check({"layout": given})
+        return fit(open_layout(given).picture, size)
+    if isinstance(given, Image.Image):
+        with readable("layout"):
+            return fit(to_rgb(given)[0], size)
+    if isinstance(given, Tensor):
+        check_pixels(given)
+    elif not isinstance(given, str):
+        right = "a Path or a PIL picture, a tensor (1 or B, 3, height, width) in [-1, 1], or a prompt"
+        raise TypeError(f"layout is of the type {type(given).__name__}; give {right}")
+    elif Path(given).suffix and os.path.isfile(given):
+        name = machine.shown(given)
+        right = f"give the picture as Path({name}), on the command line with --layout"
+        raise ValueError(f"layout {name} is the name of a file, and as a str it would be a prompt; {right}")
+    return given
+
+
+def check_pixels(layout: Tensor) -> None:
+    """Raises ValueError unless a tensor is pictures (B, 3, height, width) of floating-point numbers, about -1 to 1."""
+    right = "give (1 or B, 3, height, width) of float32 in [-1, 1], as fit() makes it"
+    is_plain = layout.layout is torch.strided and not layout.is_meta
+    if layout.ndim != 4 or layout.shape[1] != 3 or not layout.numel() or not layout.is_floating_point() or not is_plain:
+        raise ValueError(f"layout is {tuple(layout.shape)} of {layout.dtype} on {layout.device}; {right}")
+    largest = layout.float().abs().amax().item()
+    if not largest <= 2:  # NaN is not; resampling overshoots 1; 0..255 is far above
+        raise ValueError(f"layout has values of up to {largest:g}; {right}")
+
+
 def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     """A picture as (1, 3, H, W) in [-1, 1]: resized to cover `size` = (height, width) and centre-cropped to it."""
     pixels = np.array(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
@@ -131,15 +199,6 @@ def changes(layout: Layout | None, size: tuple[int, int]) -> Iterator[str]:
         yield f"layout: resized and centre-cropped from {before} to {after}"
 
 
-def size_of(layout: Tensor) -> tuple[int, int]:
-    """(height, width) of a layout. Raises ValueError unless it is pictures (B, 3, height, width) of floating-point
-    numbers."""
-    if layout.ndim != 4 or layout.shape[1] != 3 or not layout.is_floating_point():
-        kind = f"{tuple(layout.shape)} of {layout.dtype}"
-        raise ValueError(f"layout is {kind}; give (1 or B, 3, height, width) of float32 in [-1, 1], as fit() makes it")
-    return tuple(layout.shape[2:])
-
-
 def to_images(y: Tensor) -> list[Image.Image]:
     """Pictures (B, 3, H, W) in [-1, 1] as images of 8 bits: clipped, then rounded to the nearest grey level."""
     pixels = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()
@@ -154,17 +213,37 @@ def output_paths(output: str | Path, seeds: range, sheet: bool = False) -> list[
     the contact sheet, if there is to be one. Raises ValueError or OSError when no picture can be written there, before
     there is one."""
     path = Path(output)
+    if path.is_dir() or str(output).endswith(os.sep):
+        raise ValueError(f"output {str(output)!r} is not a file; give a name for the file in that folder")
     if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:
         raise ValueError(f"output {str(path)!r} would hold a PNG; let its name end in .png")
     paths = [path] if len(seeds) == 1 else [path.with_name(f"{path.stem}-{s}{path.suffix}") for s in seeds]
     paths += [path.with_name(f"{path.stem}-sheet{path.suffix}")] if sheet else []
     for path in paths:
+        options.check({"output": str(path)})  # with the seed, the name may be too long
         check_writable(path, "output")
     return paths
 
 
+def real(path: Path) -> Path:
+    """Where a file of that name is written: where the link points to if it is a link, which so stays one."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def identity(path: str | Path) -> object:
+    """What all names of one file have in common, hard and symbolic links too, and names of a file that is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
 def check_writable(path: Path, what: str) -> None:
     """Raises ValueError or OSError when no file can be written to `path`."""
+    path = real(path)
+    if path.is_symlink():
+        raise ValueError(f"{what} {str(path)!r} is a link that leads back to itself; give another name")
     if not path.parent.is_dir():
         raise ValueError(f"{what} folder {str(path.parent)!r} does not exist; make it first")
     if path.exists() and not path.is_file():  # a folder; /dev/null, which must not be replaced
@@ -178,6 +257,7 @@ def check_writable(path: Path, what: str) -> None:
 
 def replace(path: Path, what: str, write) -> None:
     """Writes a file beside the old one first, so that whatever happens, `path` holds the old one or the new one, whole.
+    Of a link, the file that it points to is written.
 
     Args:
         path: of the file.
@@ -186,14 +266,14 @@ def replace(path: Path, what: str, write) -> None:
 
     Raises OSError.
     """
-    temporary = path.with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
+    temporary = real(path).with_name(f".magicmix-{uuid.uuid4().hex}.tmp")
     machine.TEMPORARY.add(temporary)
     try:
         with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # the content before the name: a power cut must not leave an empty file
-        os.replace(temporary, path)
+        os.replace(temporary, real(path))
     except OSError as error:
         reason = f"cannot be written: {error.strerror or error}"
         raise OSError(f"{what} {str(path)!r} {reason}; choose another place") from error

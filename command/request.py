@@ -1,5 +1,6 @@
 """What a command asks for, with the files that it names: read and checked before a checkpoint is loaded."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,19 @@ class Request:
         if not isinstance(recorded, dict) or not recorded.items() <= identity.items():
             raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
 
+    def check_nothing_is_lost(self) -> None:
+        """Raises ValueError when a file that is read, or another that is written, would be written over, under whatever
+        name. The picture that is made again may be: it can be made again."""
+        taken = {}
+        for name in (*options.places(PICTURE), "keep_noise"):  # what is read comes first
+            if name in self.given:
+                taken.setdefault(pictures.identity(self.given[name]), name)
+        for name, path in [("output", path) for path in self.paths] + [("keep_noise", self["keep_noise"] or "")]:
+            other = taken.get(pictures.identity(path), name)
+            if other != name:
+                both = f"{name} {str(path)!r} is the same file as {other} {self.given[other]!r}"
+                raise ValueError(f"{both}, which would be lost; give another name")
+
     def metadata(self, row: int, mixing: options.Options, models) -> dict:
         """What the picture of the seed in that row carries: all that --again needs. `mixing` and `models` are those
         that it was made with."""
@@ -108,6 +122,17 @@ class Request:
             self.tell(self.paths[-1])
 
 
+def check_recorded(name: str, path: str) -> None:
+    """Raises ValueError or FileNotFoundError for a path in the picture that is made again which leads nowhere here."""
+    if name == "layout" and path == "-":
+        raise ValueError("the picture's layout came through standard input; give the layout with --layout")
+    is_hub_id = name == "weights" and path.partition("@")[0].count("/") == 1  # or a path; the loader finds out
+    if not is_hub_id and not os.path.exists(path):
+        folder = "" if os.path.isabs(path) else "; it is relative to the folder in which the picture was made"
+        right = f"give it with --{name}" + " or go there" * bool(folder)
+        raise FileNotFoundError(f"{name} {machine.shown(path)}, named in the picture, does not exist{folder}; {right}")
+
+
 def read(asked: dict) -> Request:
     """Reads and checks all that can be before a checkpoint is there.
 
@@ -116,6 +141,7 @@ def read(asked: dict) -> Request:
 
     Raises ValueError or OSError that names the first thing that is wrong.
     """
+    options.check(asked)
     before = pictures.read_metadata(asked["again"]) if "again" in asked else {}
     given = options.recall(before["parameters"], asked) if before else asked
     options.check(given)
@@ -123,6 +149,13 @@ def read(asked: dict) -> Request:
         raise ValueError("the content prompt is missing; give it as the first argument")
     if ("layout" in given) == ("layout_prompt" in given):
         raise ValueError("give one of --layout IMAGE and --layout-prompt TEXT")
+    for name in options.places(PICTURE):
+        if name in given and name not in asked:
+            check_recorded(name, given[name])
+    layout = None
+    if "layout" in given:
+        is_piped = str(given["layout"]) == "-"
+        layout = pictures.piped_layout() if is_piped else pictures.open_layout(given["layout"])
     o = options.DEFAULTS | given
     seeds = range(o["seed"], o["seed"] + o["count"])
     request = Request(
@@ -130,7 +163,7 @@ def read(asked: dict) -> Request:
         before,
         seeds=seeds,
         paths=pictures.output_paths(o["output"], seeds, o["sheet"]),
-        layout=pictures.open_layout(given["layout"]) if "layout" in given else None,
+        layout=layout,
         noise=noise.read(given["noise"]) if "noise" in given else None,
     )
     for name, file in (("layout", request.layout), ("noise", request.noise)):
@@ -138,4 +171,5 @@ def read(asked: dict) -> Request:
             raise ValueError(f"{name} {given[name]!r} has changed; give the file to use with --{name}")
     if "keep_noise" in given:
         noise.check_target(given["keep_noise"])
+    request.check_nothing_is_lost()
     return request

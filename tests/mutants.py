@@ -43,7 +43,7 @@ MUTANTS = [
     ("magicmix.py", "self.context.repeat_interleave(count, dim=0)", "self.context.repeat(count, 1, 1)"),
     ("magicmix.py", "self.schedule.t[k], device", "self.schedule.t[k - 1], device"),
     ("magicmix.py", "Denoiser(models, schedule, o, noise, layout), {", "Denoiser(models, schedule, o, noise, layout, o.token_weights), {"),
-    ("magicmix.py", "torch.Generator(\"cpu\").manual_seed(seed) for seed in seeds", "torch.Generator(\"cpu\").manual_seed(seeds[0]) for seed in seeds"),
+    ("magicmix.py", "torch.Generator(\"cpu\").manual_seed(seed) for seed in options.seeds_of(seeds)", "torch.Generator(\"cpu\").manual_seed(seeds[0]) for seed in options.seeds_of(seeds)"),
     ("command/options.py", "return round(self.k_max * self.steps)", "return int(self.k_max * self.steps)"),
     ("command/options.py", "return round(self.k_min * self.steps)", "return int(self.k_min * self.steps + 0.5)"),
     # attention

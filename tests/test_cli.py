@@ -76,6 +76,62 @@ def test_one_thread_or_two(tmp_path):
     assert abs(grey(tmp_path / "one.png") - grey(tmp_path / "two.png")).max() <= 1
 
 
+def test_isolated(tmp_path):
+    """`python -I` leaves the script's own folder out of the path, and what PYTHONPATH says."""
+    line = [sys.executable, "-I", str(ROOT / "magicmix.py"), "a tiger", "--layout", str(LAYOUT), *FAST]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Image.open(tmp_path / "mix.png").size == (64, 64)
+
+
+SCRIPT = """import weights
+from magicmix import decode, text_to_image
+
+models = weights.load()
+*_, last = text_to_image(models, "a tiger", steps=2, size=16)
+decode(models, last.x)[0].save("made.png")
+"""
+
+
+def test_a_script_outside_the_clone(tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-W", "ignore", "mine.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Image.open(tmp_path / "made.png").size == (16, 16)
+    (tmp_path / "made.png").unlink()
+    environment.pop("PYTHONPATH")
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "No module named 'weights'" in done.stderr, "the path makes the difference"
+
+
+PYTHON = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_python_runs(models, tmp_path, monkeypatch, capsys):
+    """With 8 steps: both kinds of layout, and a film of x0 with a picture per step."""
+    quick = dataclasses.replace(models, own_options=models.own_options | {"steps": 8})
+    monkeypatch.setattr(weights, "load", lambda: quick)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    assert len(PYTHON) == 1
+    exec(PYTHON[0], {})
+    said = capsys.readouterr().out.split()
+    assert said == "layout 7 layout 6 layout 5 layout 4 layout 3 layout 2 layout 1".split() + (
+        "mixing 4 mixing 3 mixing 2 mixing 1 content 0".split()
+    )
+    assert Image.open(tmp_path / "tiger-car.png").size == (128, 128)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 5  # k_max = 0.6
+    own = re.search(r"the checkpoint's own: size, (.*)", PYTHON[0])[1]
+    assert (
+        own
+        == "guidance 4.0, k_min 0.15, nu 0.7"
+        == ", ".join(f"{name} {models.defaults[name]}" for name in ("guidance", "k_min", "nu"))
+    )
+
+
 def test_count_writes_one_picture_a_seed(tmp_path):
     shared = ["a tiger", "--layout-prompt", "a house", *FAST]
     assert magicmix.main([*shared, "--seed", "5", "--count", "3", "-o", str(tmp_path / "v.png")]) == 0

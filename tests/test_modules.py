@@ -6,6 +6,7 @@ come in batches of 2.
 """
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import relative_error
@@ -133,6 +134,13 @@ def test_timesteps_and_their_embedding():
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("t", [500, np.int64(500), torch.tensor(500), torch.tensor([500])])
+def test_one_timestep_is_that_of_the_whole_batch(t, models):
+    x, context = tensor(2, 4, 8, 12), tensor(2, 32, 128)
+    assert torch.equal(models.unet(x, t, context), models.unet(x, torch.tensor([500, 500]), context))
+
+
 def test_timesteps_stay_exact_in_half_precision():
     """Angles in float16 would be off by up to 0.25 rad: as whole numbers do not show it, t is halfway between two."""
     t = torch.tensor([999.25])

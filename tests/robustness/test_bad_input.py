@@ -5,12 +5,15 @@ must raise a documented exception before the UNet is called.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -169,6 +172,53 @@ def test_a_picture_that_fits_is_left_alone_and_nothing_is_said(tmp_path):
     assert (code, out) == (0, "layout: layout.png\nmix.png\n")
 
 
+# ----------------------------------------------------------------------------------------------- standard input
+
+
+def piped(data, *arguments, cwd):
+    """The command as the shell runs it, with the bytes, or what a file holds, on standard input."""
+    line = [sys.executable, str(ROOT / "magicmix.py"), "a tiger", "--steps", "2", "--size", "64", *arguments]
+    return subprocess.run(line, input=data, cwd=cwd, capture_output=True, timeout=300)
+
+
+def test_a_layout_from_standard_input(tmp_path):
+    """The same picture as from the file. It is made again with the layout given anew, never from what is piped in."""
+    mix = ("a tiger", "--steps", "2", "--size", "64", "--quiet")
+    done = piped(LAYOUT.read_bytes(), "--layout", "-", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert run(*mix, "--layout", LAYOUT, "-o", "file.png", cwd=tmp_path).code == 0
+    one, two = (Image.open(tmp_path / name) for name in ("mix.png", "file.png"))
+    assert np.array_equal(np.asarray(one), np.asarray(two))
+    one, two = (json.loads(picture.info["magicmix"]) for picture in (one, two))
+    assert one["parameters"].pop("layout") == "-" and two["parameters"].pop("layout") == str(LAYOUT)
+    assert one == two, "the layout's sha256 too"
+    first = (tmp_path / "mix.png").read_bytes()
+    assert run("--again", "mix.png", "--layout", LAYOUT, "-o", "b.png", "--quiet", cwd=tmp_path).code == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.asarray(Image.open(tmp_path / "mix.png")))
+    done = run("--again", "mix.png", cwd=tmp_path)
+    line = "magicmix: the picture's layout came through standard input; give the layout with --layout\n"
+    assert (done.code, done.err) == (2, line) and (tmp_path / "mix.png").read_bytes() == first
+
+
+class Terminal(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+def test_standard_input_that_is_no_layout(monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIPED", 1000)
+    for stream, message in [
+        (io.BytesIO(b""), "layout '-', standard input, is not a readable picture; use PNG, JPEG"),
+        (io.BytesIO(b"no picture"), "layout '-', standard input, is not a readable picture; use PNG, JPEG"),
+        (io.BytesIO(bytes(1001)), "layout '-', standard input, has more than 1,000 bytes; give it as a file"),
+        (Terminal(), "layout '-' is standard input, which is not there; pipe a picture into the command"),
+        (None, "layout '-' is standard input, which is not there; pipe a picture into the command"),
+    ]:
+        monkeypatch.setattr(sys, "stdin", stream and io.TextIOWrapper(stream))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pictures.piped_layout()
+
+
 # ------------------------------------------------------------------------------------------------------ numbers
 
 HUGE = 2**64
@@ -190,9 +240,14 @@ NUMBERS = [
     ("--steps 1000", "steps 1000 is out of range; use 1 to 999", {"steps": 1000}, None),
     ("--steps 1001", "steps 1001 is out of range; use 1 to 999", {"steps": 1001}, None),
     ("--steps 2.5", "argument --steps: '2.5' is no whole number", {"steps": 2.5}, "steps 2.5 is no whole number"),
-    ("--guidance -1", "guidance -1.0 is out of range; use 0 or more", {"guidance": -1.0}, None),
+    ("--guidance -1", "guidance -1.0 is out of range; use 0 to 1e+38", {"guidance": -1.0}, None),
     ("--guidance nan", "guidance nan is out of range", {"guidance": NAN}, None),
     ("--guidance inf", "guidance inf is out of range", {"guidance": float("inf")}, None),
+    ("--guidance 2e38", "guidance 2e+38 is out of range; use 0 to 1e+38", {"guidance": 2e38}, None),  # of float32 still
+    (f"--guidance {'9' * 5000}", f"argument --guidance: '{'9' * 59} ... {'9' * 29}' has 5,000 characters; use 0 to 1e",
+     {"guidance": 10**5000}, "guidance <int> is out of range; use 0 to 1e+38"),
+    (f"--seed {'9' * 5000}", f"argument --seed: '{'9' * 59} ... {'9' * 29}' has 5,000 characters; {LARGEST_SEED}",
+     {"seeds": [10**5000]}, f"seed <int> is out of range; {LARGEST_SEED}"),
     ("--seed -1", f"seed -1 is out of range; {LARGEST_SEED}", {"seeds": [-1]}, None),
     (f"--seed {HUGE}", f"seed {HUGE} is out of range; {LARGEST_SEED}", {"seeds": [HUGE]}, None),
     ("--seed 1.5", "argument --seed: '1.5' is no whole number", {"seeds": [1.5]}, "seed 1.5 is no whole number"),
@@ -208,7 +263,10 @@ NUMBERS = [
     ("--size 64x5000", "size 64x5000 is out of range", {"size": (5000, 64)}, None),
     ("--size 64x64x64", "'64x64x64' is no size; use a number of pixels or WIDTHxHEIGHT", {"size": (64, 64, 64)},
      "size (64, 64, 64) is no pair of whole numbers"),
-    ("--size -64", "'-64' is no size", {"size": -64}, "size -64 is no pair of whole numbers"),
+    ("--size -64", "'-64' is no size", {"size": -64}, "size -64x-64 is out of range; use sides of up to 4096"),
+    ("--size 64.0", "'64.0' is no size", {"size": 64.0}, "size 64.0 is no pair of whole numbers"),
+    (f"--size {'9' * 5000}", f"'{'9' * 59} ... {'9' * 29}' is no size", {"size": (64, 10**5000)},
+     "size <int>x64 is out of range; use sides of up to 4096"),
     ("--size x", "'x' is no size", {"size": "x"}, "size 'x' is no pair of whole numbers"),
     ("--eta 2", "eta 2.0 is out of range; use 0 to 1", {"eta": 2.0}, None),
     ("--sampler euler", "sampler 'euler' is not known; use ddim, ddpm", {"sampler": "euler"}, None),
@@ -221,8 +279,12 @@ NUMBERS = [
      {"token_weights": {"tiger": "much"}}, "token_weights tiger: 'much' is no number"),
     ("--token-weight lion=0", "token weight: 'lion' is not in the prompt; its words are: a, tiger",
      {"token_weights": {"lion": 0.0}}, None),
-    ("--token-weight tiger=nan", "token_weights tiger: nan is out of range; use finite numbers; -2 to 2 is the useful",
+    ("--token-weight tiger=nan", "token_weights tiger: nan is out of range; use -1e+38 to 1e+38; -2 to 2 is the",
      {"token_weights": {"tiger": NAN}}, None),
+    ("--token-weight tiger=1e300", "token_weights tiger: 1e+300 is out of range; use -1e+38 to 1e+38; -2 to 2 is the",
+     {"token_weights": {"tiger": 1e300}}, None),
+    (f"--token-weight tiger={'9' * 5000}", "has 5,000 characters; use -1e+38 to 1e+38",
+     {"token_weights": {"tiger": 10**5000}}, "token_weights tiger: <int> is out of range"),
     ("--reweight tiger=-inf", "token_weights tiger: -inf is out of range",
      {"reweight": {"tiger": -float("inf")}}, None),
     ("--colour red", "unrecognized arguments: --colour red", None, None),
@@ -230,9 +292,9 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "line", "arguments", "message"), NUMBERS, ids=[row[0] for row in NUMBERS])
-def test_bad_numbers(options, line, arguments, message, tmp_path, models):
-    refused("a tiger", "--layout-prompt", "a car", *options.split(), cwd=tmp_path, message=line)
+@pytest.mark.parametrize(("given", "line", "arguments", "message"), NUMBERS, ids=[row[0][:40] for row in NUMBERS])
+def test_bad_numbers(given, line, arguments, message, tmp_path, models):
+    refused("a tiger", "--layout-prompt", "a car", *given.split(), cwd=tmp_path, message=line)
     if arguments is not None:
         with pytest.raises(ValueError, match=re.escape(message or line)):
             next(magicmix.magicmix(models, "a tiger", "a car", **arguments))
@@ -279,6 +341,35 @@ def test_a_layout_of_a_size_that_does_not_fit(models):
 # --------------------------------------------------------------------------------------------------------- text
 
 
+PLACES = {  # what each place takes, in words
+    "layout": "give a picture file",
+    "output": "give a name that ends in .png",
+    "noise": "give a .npy or .safetensors file",
+    "keep_noise": "give a name that ends in .npy or .safetensors",
+    "weights": "give a folder, a .safetensors file or a hub id",
+    "vae": "give a folder or a .safetensors file",
+    "again": "give a picture that magicmix made",
+}
+NO_PLACES = [  # what stands where a file or a folder should, and what is said of it
+    ("", "'' is no path (from a shell variable that is not set?)"),
+    ("https://a.b/c.png", "'https://a.b/c.png' is a URL, and nothing is fetched from one"),
+    ("x" * 256, f"'{'x' * 59} ... {'x' * 29}' is too long (a name has up to 255 bytes, a path 4095)"),
+]
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(("value", "wrong"), NO_PLACES, ids=["nothing", "a URL", "a long name"])
+def test_what_is_no_place(value, wrong, name, tmp_path):
+    assert PLACES.keys() == {n for n, facts in options.FACTS.items() if isinstance(facts["kind"], options.Place)}
+    line = f"magicmix: {name} {wrong}; {PLACES[name]}\n"
+    layout = () if name == "layout" else ("--layout-prompt", "a car")
+    typed = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+    assert refused("a tiger", *layout, typed, value, cwd=tmp_path, message=wrong) == line
+    if value.startswith("https"):
+        with pytest.raises(ValueError, match="is a URL"):
+            options.check({name: Path(value)})  # which has one slash
+
+
 def test_layouts_exclude_each_other(tmp_path):
     refused("a tiger", cwd=tmp_path, message="give one of --layout IMAGE and --layout-prompt TEXT")
     both = ("--layout", LAYOUT, "--layout-prompt", "a car")
@@ -302,8 +393,8 @@ TEXTS = ["", "🐯👩‍👩‍👧‍👦", "虎", "نمر في الغابة",
 
 @pytest.mark.parametrize("prompt", TEXTS)
 def test_every_text_is_a_prompt(prompt, tmp_path):
-    options = ["--layout-prompt", prompt, "--negative", prompt, "--steps", "2", "--size", "64"]
-    code, out, error = run(prompt, *options, "-o", "mix.png", cwd=tmp_path)
+    given = ["--layout-prompt", prompt, "--negative", prompt, "--steps", "2", "--size", "64"]
+    code, out, error = run(prompt, *given, "-o", "mix.png", cwd=tmp_path)
     assert code == 0 and "\x1b" not in out and out.endswith("mix.png\n"), error
     code, _, error = run("--again", "mix.png", "-o", "again.png", cwd=tmp_path)
     assert code == 0 and (tmp_path / "again.png").read_bytes() == (tmp_path / "mix.png").read_bytes(), error
@@ -514,7 +605,12 @@ OWN_OPTIONS = [  # a checkpoint's magicmix.json, and what is said of it
     ({"k_min": 0.9, "k_max": 0.1}, "k_min 0.9 is above k_max 0.1"),
     ({"nu": 7}, "nu 7 is out of range; use 0 to 1"),
     ({"sampler": ["ddim"]}, "sampler ['ddim'] is not known; use ddim, ddpm"),
-    ({"size": 64}, "size 64 is no pair of whole numbers"),
+    ({"nu": 10**400}, f"nu 1{'0' * 59} ... {'0' * 30} is out of range; use 0 to 1"),
+    ({"guidance": 10**400}, f"guidance 1{'0' * 59} ... {'0' * 30} is out of range; use 0 to 1e+38"),
+    ({"token_weights": {"tiger": -(10**400)}}, f"token_weights tiger: -1{'0' * 58} ... {'0' * 30} is out of range"),
+    ({"size": [64]}, "size [64] is no pair of whole numbers"),
+    ({"layout": "a.png"}, f"layout = 'a.png' {MIXING_ONLY}"),
+    ({"weights": "folder"}, f"weights = 'folder' {MIXING_ONLY}"),
     ({"output": "/etc/passwd"}, f"output = '/etc/passwd' {MIXING_ONLY}"),
     ({"prompt": "a lion"}, f"prompt = 'a lion' {MIXING_ONLY}"),
     ({"seed": 5}, f"seed = 5 {MIXING_ONLY}"),
@@ -523,7 +619,7 @@ OWN_OPTIONS = [  # a checkpoint's magicmix.json, and what is said of it
 ]
 
 
-@pytest.mark.parametrize(("own", "message"), OWN_OPTIONS, ids=[str(own) for own, _ in OWN_OPTIONS])
+@pytest.mark.parametrize(("own", "message"), OWN_OPTIONS, ids=[str(own)[:60] for own, _ in OWN_OPTIONS])
 def test_a_checkpoints_options(own, message, tmp_path, folder):
     (folder / "magicmix.json").write_text(json.dumps(own))
     message = f"magicmix.json: {message}"
@@ -618,13 +714,16 @@ def test_a_description_needs_one_source(arguments, capsys, monkeypatch):
 def test_sources_that_are_none(tmp_path):
     text = ("a tiger", "--layout-prompt", "a car")
     os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "other.png").write_bytes(PRECIOUS)
     for source, message in {
         "nowhere": "'nowhere' is no folder, no .safetensors file and no hub id",
         "gone.safetensors": "gone.safetensors is missing",
         "pipe.safetensors": "pipe.safetensors is missing",
         "/dev/zero": "/dev/zero is missing",
-        "mix.png": "mix.png is not a readable safetensors file",
-        "x" * 300: "File name too long",
+        "other.png": "other.png is not a readable safetensors file",
+        "x" * 300: "is too long (a name has up to 255 bytes, a path 4095); give a folder, a .safetensors file or a hub",
+        "x/" * 2500: "is too long (a name has up to 255 bytes, a path 4095); give a folder",
+        "é" * 128: "is too long (a name has up to 255 bytes, a path 4095); give a folder",
     }.items():
         refused(*text, "--weights", source, cwd=tmp_path, message=message)
     refused(*text, "--vae", "nowhere", cwd=tmp_path, message="nowhere is missing")
@@ -641,13 +740,86 @@ def test_outputs_that_cannot_be(tmp_path):
         ".": "output '.' is not a file; give a name for the file",
         "/dev/null": "output '/dev/null' is not a file",  # as root, a rename would replace it
         "mix.jpg": "output 'mix.jpg' would hold a PNG; let its name end in .png",
-        "x" * 300 + ".png": "File name too long",
+        "x" * 300 + ".png": "is too long (a name has up to 255 bytes, a path 4095); give a name that ends in .png",
         "/proc/mix.png": "output folder '/proc' cannot be written to",  # not even by root
     }.items():
         refused(*MIX, "-o", output, cwd=tmp_path, message=message)
     (tmp_path / "v-sheet.png").mkdir()
     refused(*MIX, "--sheet", "-o", "v.png", cwd=tmp_path, message="output 'v-sheet.png' is not a file")
     refused(*MIX, "-o", "mix.png/mix.png", cwd=tmp_path, message="output folder 'mix.png' does not exist")
+
+
+@pytest.mark.parametrize("output", ["..", ".", "folder", "folder/", "gone/", "link"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_that_are_folders(output, count, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    message = f"output {output!r} is not a file; give a name for the file in that folder"
+    refused(*MIX, "-o", output, "--count", count, cwd=tmp_path, message=message)
+
+
+def test_a_name_that_is_too_long_with_its_seed(tmp_path):
+    message = f"output '{'x' * 59} ... {'x' * 23}-0.png' is too long (a name has up to 255 bytes"
+    refused(*MIX, "-o", "x" * 250 + ".png", "--count", 2, cwd=tmp_path, message=message)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """Its target is written; one that points nowhere yet makes it."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "old.png").write_bytes(PRECIOUS)
+    for name, target in (("one.png", "far/old.png"), ("two.png", "far/new.png"), ("three.png", "two.png")):
+        (tmp_path / name).symlink_to(target)
+        assert run(*MIX, "--quiet", "-o", name, cwd=tmp_path) == (0, "", "")
+        assert os.readlink(tmp_path / name) == target
+    assert sorted(os.listdir(tmp_path / "far")) == ["new.png", "old.png"], "temporary files stay"
+    assert (tmp_path / "far" / "new.png").read_bytes() == (tmp_path / "far" / "old.png").read_bytes()
+    (tmp_path / "nowhere.png").symlink_to("gone/new.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    refused(*MIX, "-o", "nowhere.png", cwd=tmp_path, message="gone' does not exist; make it first")
+    refused(*MIX, "-o", "loop.png", cwd=tmp_path, message="loop.png' is a link that leads back to itself")
+
+
+def inputs(tmp_path):
+    """A folder with files to read, under several names."""
+    halves("red", "black").save(tmp_path / "s.png")
+    shutil.copy(tmp_path / "s.png", tmp_path / "s-1.png")
+    np.save(tmp_path / "eps.npy", np.zeros((2, 4, 8, 8), dtype=np.float32))
+    shutil.copy(weights.TINY / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "v.safetensors")
+    os.link(tmp_path / "s.png", tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to("s.png")
+    (tmp_path / "here").symlink_to(".")
+    write_again(tmp_path / "old.png", {"parameters": {"prompt": "a tiger", "layout": "s.png", "steps": 8}})
+
+
+OVERWRITTEN = [  # the command, which file would be lost under which name
+    ("--layout s.png -o s.png", "output 's.png'", "layout 's.png'"),
+    ("--layout s.png -o ./here/s.png", "output 'here/s.png'", "layout 's.png'"),
+    ("--layout s.png -o hard.png", "output 'hard.png'", "layout 's.png'"),
+    ("--layout s.png -o soft.png", "output 'soft.png'", "layout 's.png'"),
+    ("--layout soft.png -o s.png", "output 's.png'", "layout 'soft.png'"),
+    ("--layout s-1.png -o s.png --count 2", "output 's-1.png'", "layout 's-1.png'"),
+    ("--again old.png -o s.png", "output 's.png'", "layout 's.png'"),
+    ("--layout-prompt car --noise eps.npy -o eps.npy", "output 'eps.npy'", "noise 'eps.npy'"),
+    ("--layout-prompt car --noise eps.npy --keep-noise here/eps.npy", "keep_noise 'here/eps.npy'", "noise 'eps.npy'"),
+    ("--layout-prompt car --keep-noise new.npy -o here/new.npy", "output 'here/new.npy'", "keep_noise 'new.npy'"),
+    ("--layout-prompt car --vae v.safetensors -o v.safetensors", "output 'v.safetensors'", "vae 'v.safetensors'"),
+]
+
+
+@pytest.mark.parametrize(("given", "written", "read"), OVERWRITTEN, ids=[row[0] for row in OVERWRITTEN])
+def test_nothing_that_is_read_is_written_over(given, written, read, tmp_path):
+    inputs(tmp_path)
+    prompt = [] if "--again" in given else ["a tiger"]
+    message = f"{written} is the same file as {read}"
+    error = refused(*prompt, *given.split(), "--size", "64", cwd=tmp_path, message=message)
+    assert error.endswith(", which would be lost; give another name\n")
+
+
+def test_the_picture_to_make_again_may_be_written_over(tmp_path):
+    assert run(*MIX, "--quiet", cwd=tmp_path).code == 0
+    first = (tmp_path / "mix.png").read_bytes()
+    assert run("--again", "mix.png", "--quiet", cwd=tmp_path) == (0, "", "")
+    assert (tmp_path / "mix.png").read_bytes() == first
 
 
 def test_devices_and_dtypes_that_cannot_be(tmp_path, monkeypatch):
@@ -698,6 +870,84 @@ def test_out_of_memory(tmp_path):
     assert error == "magicmix: out of memory; a smaller --size, --count 1 or --dtype bf16 needs less\n"
 
 
+def script_on(closed, full, broken, arguments, cwd, log):
+    """The command with some of its standard streams closed before the start, on a full disk or on a pipe that nobody
+    reads."""
+    os.set_inheritable(log := os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(log, number)
+    for name in closed:  # as the interpreter does when it starts without
+        os.close({"stdout": 1, "stderr": 2}[name])
+        setattr(sys, name, None)
+    for number in full:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    for number in broken:
+        os.dup2(writer, number)
+    os.chdir(cwd)
+    sys.argv = ["magicmix.py", *arguments]
+    runpy.run_path(str(ROOT / "magicmix.py"), run_name="__main__")
+
+
+NO_SPACE, NO_READER = "No space left on device", "Broken pipe"
+STREAMS = {  # closed; full; broken; the exit code; the reason in the line, "" where there is no line
+    "stderr closed": (["stderr"], [], [], 0, ""),
+    "stdout closed": (["stdout"], [], [], 0, ""),
+    "both closed": (["stdout", "stderr"], [], [], 0, ""),
+    "stdout full": ([], [1], [], 2, NO_SPACE),
+    "stdout broken": ([], [], [1], 2, NO_READER),
+    "stderr full": ([], [2], [], 2, ""),
+    "stderr broken": ([], [], [2], 2, ""),
+    "both full": ([], [1, 2], [], 2, ""),
+}
+
+
+def on_streams(name, arguments, cwd):
+    """The exit code and the lines of the command's own that could be written."""
+    log = cwd.parent / f"{cwd.name}-log"
+    process = forks().Process(target=script_on, args=(*STREAMS[name][:3], arguments, cwd, log))
+    process.start()
+    process.join(300)
+    return process.exitcode, [line for line in re.split("[\r\n]+", log.read_text()) if line.startswith("magicmix: ")]
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+
+
+@FULL
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_that_take_nothing(name, tmp_path):
+    """The picture is written. One that fails is named, where there is a stderr, and told by the exit code."""
+    *_, code, reason = STREAMS[name]
+    lines = [f"magicmix: stdout cannot be written to: {reason}; all else is done"] if reason else []
+    assert on_streams(name, [*MIX, "--steps", "8"], tmp_path) == (code, lines)
+    assert Image.open(tmp_path / "mix.png").size == (64, 64)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@FULL
+@pytest.mark.parametrize("name", ["stdout full", "both full", "both closed"])
+def test_a_help_that_cannot_be_read(name, tmp_path):
+    *_, code, reason = STREAMS[name]
+    lines = [f"magicmix: stdout cannot be written to: {reason}; all else is done"] if reason else []
+    assert on_streams(name, ["--help"], tmp_path) == (code, lines)
+
+
+@FULL
+@pytest.mark.parametrize("name", STREAMS)
+def test_another_error_comes_first(name, tmp_path):
+    lines = ["magicmix: picture 'gone.png' does not exist; --again needs a magicmix picture"]
+    is_shown = not ("stderr" in name or "both" in name)
+    assert on_streams(name, ["--again", "gone.png"], tmp_path) == (2, lines if is_shown else [])
+
+
+def test_a_closed_stderr_in_the_shell(tmp_path):
+    line = f"exec {sys.executable} {ROOT / 'magicmix.py'} {' '.join(map(repr, MIX))} 2>&-"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, b"mix.png\n") and Image.open(tmp_path / "mix.png").size == (64, 64)
+
+
 def test_debug_shows_the_traceback(tmp_path):
     code, _, error = run(*MIX, "--weights", "nowhere", "--debug", cwd=tmp_path)
     assert code == 2 and error.startswith("Traceback") and "CheckpointError" in error
@@ -730,8 +980,13 @@ METADATA = [  # that is refused when it is read
     (again(prompt=None), "prompt None is no text"),
     (again(layout=3), "layout 3 is no path"),
     (again(weights=""), "weights '' is no path"),
+    (again(weights="\0"), r"weights '\x00' holds a NUL byte, which no path can; give a folder, a .safetensors"),
+    (again(noise="\0"), r"noise '\x00' holds a NUL byte, which no path can; give a .npy or .safetensors file"),
+    (again(vae="\ud800"), r"vae '\ud800' holds half a character (a surrogate); give a folder or a .safetensors file"),
+    (again(layout="https://a.b/c.png"), "layout 'https://a.b/c.png' is a URL, and nothing is fetched from one; give a"),
+    (again(layout="x" * 300), f"layout '{'x' * 59} ... {'x' * 29}' is too long"),
     (again(steps=True), "steps True is no whole number"),
-    (again(noise_row=-1), "noise_row -1 is out of range; use 0 or more"),
+    (again(noise_row=-1), "noise_row -1 is out of range; use 0 to 9223372036854775807"),
     (again(noise_row=0.5), "noise_row 0.5 is no whole number"),
     (again(no_ema=1), "no_ema 1 is neither true nor false"),
     (again(size="64"), "size '64' is no pair of whole numbers"),
@@ -742,10 +997,14 @@ METADATA = [  # that is refused when it is read
     (again(token_weights={"tiger": "x"}), "token_weights tiger: 'x' is no number"),
     (again(token_weights={"tiger": True}), "token_weights tiger: True is no number"),
     (again(reweight=[1, 2]), "token_weights [1, 2] is no table of words and numbers"),
-    (again(reweight={"tiger": float("nan")}), "token_weights tiger: nan is out of range; use finite numbers"),
+    (again(reweight={"tiger": float("nan")}), "token_weights tiger: nan is out of range; use -1e+38 to 1e+38"),
     (again(k_max=float("nan")), "k_max nan is out of range"),
     (again(k_max=0.2, k_min=0.3), "k_min 0.3 is above k_max 0.2"),
     (again(guidance=1e999), "guidance inf is out of range"),
+    (again(guidance=10**400), f"guidance 1{'0' * 59} ... {'0' * 30} is out of range; use 0 to 1e+38"),
+    (again(token_weights={"tiger": 10**400}), f"token_weights tiger: 1{'0' * 59} ... {'0' * 30} is out of range; use"),
+    (again(token_weights={"tiger": -1e300}), "token_weights tiger: -1e+300 is out of range"),
+    (again(noise_row=10**30), "is out of range; use 0 to 9223372036854775807"),
     (again(seed=-1), "seed -1 is out of range"),
     (again(seed=10**300), f"is out of range; {LARGEST_SEED}"),
     (again(steps=10**12), "steps 1000000000000 is out of range"),
@@ -758,11 +1017,10 @@ LATER = [  # that is refused when it is used
     (again(layout="layout.png"), "give one of --layout IMAGE and --layout-prompt TEXT"),
     ({"parameters": {"layout_prompt": "a car"}}, "the content prompt is missing"),
     (again(weights="/dev/zero"), "/dev/zero is missing"),
-    (again(weights="model.ckpt"), "is a pickle"),
-    (again(weights="\0"), "is no folder"),
+    (again(weights="model.ckpt"), "weights 'model.ckpt', named in the picture, does not exist; it is relative to"),
+    (again(noise="/gone/eps.npy"), "noise '/gone/eps.npy', named in the picture, does not exist; give it with --noise"),
     (again(vae="/dev/zero"), "/dev/zero is missing"),
     (again(noise="/dev/zero"), "noise '/dev/zero' cannot be read: it is not a file"),
-    (again(noise="\0"), "does not exist"),
     (again() | {"checkpoint": {"unet": "0"}}, "made with another checkpoint; give its folder with --weights"),
     (again() | {"checkpoint": {"unet": [{}]}}, "made with another checkpoint; give its folder with --weights"),
     (again() | {"checkpoint": {"colour": "red"}}, "made with another checkpoint; give its folder with --weights"),
@@ -810,6 +1068,25 @@ def test_a_path_from_the_metadata_is_shown_before_it_is_followed(tmp_path):
     assert code == 2
     assert out == "layout: \\x1b[2Jsecret.png\nnoise: eps.npy\nweights: model folder\nvae: other\n"
     assert "does not exist" in error and "\x1b" not in error
+
+
+def test_a_picture_made_again_in_another_folder(tmp_path):
+    """Its paths are relative to where it was made; they, or the files that are given, lead to the same picture."""
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    made.mkdir(), elsewhere.mkdir()
+    shutil.copy(LAYOUT, made / "layout.png")
+    np.save(made / "eps.npy", np.zeros((1, 4, 8, 8), dtype=np.float32))
+    mix = ("a tiger", "--layout", "layout.png", "--noise", "eps.npy", "--steps", "2", "--size", "64", "--quiet")
+    assert run(*mix, cwd=made).code == 0
+    gone = "named in the picture, does not exist; it is relative to the folder in which the picture was made; give it"
+    error = refused("--again", made / "mix.png", cwd=elsewhere, message=f"layout 'layout.png', {gone} with --layout or")
+    assert error.endswith("or go there\n")
+    layout = ("--layout", made / "layout.png")
+    refused("--again", made / "mix.png", *layout, cwd=elsewhere, message=f"noise 'eps.npy', {gone} with --noise or go")
+    noise = ("--noise", made / "eps.npy")
+    assert run("--again", made / "mix.png", *layout, *noise, "--quiet", cwd=elsewhere).code == 0
+    pixels = [np.asarray(Image.open(folder / "mix.png")) for folder in (made, elsewhere)]
+    assert np.array_equal(*pixels)
 
 
 def test_another_layout_replaces_the_recorded_one(tmp_path):
