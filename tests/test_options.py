@@ -40,6 +40,7 @@ OPTIONS = {
     "noise_row": (PICTURE, ["--noise-row", "3"], 3),
     "keep_noise": (RUN, ["--keep-noise", "eps.npy"], "eps.npy"),
     "weights": (PICTURE, ["--weights", "folder"], "folder"),
+    "unet": (PICTURE, ["--unet", "folder"], "folder"),
     "vae": (PICTURE, ["--vae", "folder"], "folder"),
     "no_ema": (PICTURE, ["--no-ema"], True),
     "prediction": (PICTURE, ["--prediction", "v"], "v"),

@@ -347,6 +347,7 @@ PLACES = {  # what each place takes, in words
     "noise": "give a .npy or .safetensors file",
     "keep_noise": "give a name that ends in .npy or .safetensors",
     "weights": "give a folder, a .safetensors file or a hub id",
+    "unet": "give a folder or a .safetensors file",
     "vae": "give a folder or a .safetensors file",
     "again": "give a picture that magicmix made",
 }
