@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
     from command import machine
 
-    machine.end_on_signals()  # before torch's import, which Ctrl-C would abort with a traceback
+    machine.begin()  # before torch's import, which Ctrl-C would abort with a traceback
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -15,6 +15,22 @@ from importlib.metadata import version
 TEMPORARY = set()  # files that are being written, to be cleared away when the process ends
 
 
+def begin() -> None:
+    """What a command does first, before torch is imported."""
+    take_closed_places()
+    end_on_signals()
+
+
+def take_closed_places() -> None:
+    """Files 0, 1 and 2, where they were closed before the start, lead nowhere from now on; else the next files that are
+    opened would take their numbers, and what a library prints would go into them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+
+
 def end_on_signals() -> None:
     """SIGINT and SIGTERM end the process at once, with 128 + the signal, as shells count. Not by an exception: in the
     middle of torch's start one would abort the process, and in a library's `__del__` it would be lost."""
@@ -60,7 +76,7 @@ class Stream:
 
     def __init__(self, name: str):
         self.name, self.before, self.error = name, getattr(sys, name), None
-        self.stream = self.before or open(os.devnull, "w")  # else the next file to be opened would be file 1 or 2
+        self.stream = self.before or open(os.devnull, "w")
 
     def __enter__(self) -> "Stream":
         setattr(sys, self.name, self)
