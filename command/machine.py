@@ -23,13 +23,19 @@ TEMPORARY = set()  # files that are being written, to be cleared away when the p
 
 def begin() -> None:
     """What a command does first, before torch is imported."""
+    take_closed_places()
+    end_on_signals()
+    let_threads_sleep()
+
+
+def take_closed_places() -> None:
+    """Files 0, 1 and 2, where they were closed before the start, lead nowhere from now on; else the next files that are
+    opened would take their numbers, and what a library prints would go into them."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # a standard stream is closed, and the next file to be opened would become it
-            os.open(os.devnull, os.O_RDWR)
-    end_on_signals()
-    let_threads_sleep()
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
 
 
 def let_threads_sleep() -> None:
@@ -104,7 +110,7 @@ class Stream:
 
     def __init__(self, name: str):
         self.name, self.before, self.error = name, getattr(sys, name), None
-        self.stream = self.before or open(os.devnull, "w")  # else the next file to be opened would be file 1 or 2
+        self.stream = self.before or open(os.devnull, "w")
 
     def __enter__(self) -> "Stream":
         setattr(sys, self.name, self)

@@ -949,6 +949,14 @@ def test_a_closed_stderr_in_the_shell(tmp_path):
     assert (done.returncode, done.stdout) == (0, b"mix.png\n") and Image.open(tmp_path / "mix.png").size == (64, 64)
 
 
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    code = "import os; from command import machine; machine.begin(); open('places', 'w').write(repr(os.pipe()))"
+    line = f"""exec {sys.executable} -c "{code}" <&- >&- 2>&-"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(line, shell=True, cwd=tmp_path, env=environment, timeout=300).returncode == 0
+    assert min(json.loads((tmp_path / "places").read_text().replace("(", "[").replace(")", "]"))) > 2
+
+
 def test_debug_shows_the_traceback(tmp_path):
     code, _, error = run(*MIX, "--weights", "nowhere", "--debug", cwd=tmp_path)
     assert code == 2 and error.startswith("Traceback") and "CheckpointError" in error
