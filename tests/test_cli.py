@@ -507,10 +507,14 @@ def test_a_long_run_says_after_its_first_step_how_long_it_is(seconds, total, lin
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP runtime on Linux alone")
-@pytest.mark.parametrize("program", ["magicmix.py --version", "-c 'import lab, torch'"])
 @pytest.mark.parametrize(
-    ("set_by_the_user", "spins"),  # as often as the runtime then looks, before a thread sleeps; its own default: 300000
-    [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    ("program", "set_by_the_user", "spins"),  # spins: how often a thread then looks before it sleeps
+    [
+        ("magicmix.py --version", {}, "0"),  # the runtime's own default is 300000
+        ("-c 'import lab, torch'", {}, "0"),
+        ("magicmix.py --version", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+        ("magicmix.py --version", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ],
 )
 def test_waiting_threads_sleep(program, set_by_the_user, spins):
     """As the OpenMP runtime itself reports, when torch's import starts it."""

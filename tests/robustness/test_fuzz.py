@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, with_unet
+from icc import cmyk_profile, grey_profile, rgb_profile
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
@@ -29,6 +30,7 @@ import clip
 import magicmix
 import weights
 from command import machine, noise, pictures
+from command.colours import to_srgb
 from scheduler import Schedule
 from weights import CheckpointError, configs, files
 
@@ -462,6 +464,19 @@ def test_pictures(file):
             fresh(path, chance.damaged(saved(chance.choice(pictures.FORMATS))))
             layout = pictures.open_layout(path)
             assert pictures.fit(layout.picture, (16, 24)).isfinite().all()
+
+
+def test_profiles():
+    """Of every kind: the picture comes out, with its colours or without."""
+    kinds = [("RGB", rgb_profile("Display P3")), ("L", grey_profile()), ("CMYK", cmyk_profile())]
+    used = 0
+    for number in numbers(2_000):
+        with input_of(number) as chance:
+            mode, profile = chance.choice(kinds)
+            converted = to_srgb(SMALL.convert(mode), chance.damaged(profile))
+            assert converted.picture.size == SMALL.size and converted.picture.mode == "RGBA"
+            used += "left out" not in converted.note
+    assert used > 100, "hardly any profile was read to its end"
 
 
 # -------------------------------------------------------------------------------------------------------- noise
