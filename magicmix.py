@@ -260,8 +260,7 @@ def make(asked: dict) -> None:
     layout = pictures.fit(r.layout.picture, o.size).to(models.device) if r.layout else r["layout_prompt"]
     clip.token_weights(models.tokenizer, r["prompt"], o.token_weights or {})  # a wrong word shows before the bar
     r.tell(*pictures.changes(r.layout, o.size))
-    unread = {name: clip.cut_off(models.tokenizer, text) for name, text in r.prompts().items()}
-    r.tell(*r.cut_off(unread, models.tokenizer.model_max_length))
+    r.tell(*r.cut_off(lambda text: clip.cut_off(models.tokenizer, text), models.tokenizer.model_max_length))
     steps = magicmix(models, r["prompt"], layout, noise=noise, **o.only(options.MIXING))
     last = machine.follow(steps, o.K_max if r.layout else o.K_max + o.steps - o.K_min, r["quiet"])
     x = last.x if last else models.vae.encode(layout).expand_as(noise.eps)  # K_max = 0: the layout itself

@@ -435,8 +435,7 @@ class ShowVersions(argparse.Action):
     """--version: prints the lines and ends the process."""
 
     def __call__(self, parser, *_):
-        print("\n".join(self.const()))
-        parser.exit()
+        parser.exit(run("magicmix", lambda: print("\n".join(self.const()))))
 
 
 def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:

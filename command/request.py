@@ -69,14 +69,10 @@ class Request:
             for line in lines:
                 print(line)
 
-    def prompts(self) -> dict[str, str]:
-        """The texts that a model will read, by the options' names."""
-        return {name: self[name] for name in ("prompt", "layout_prompt", "negative") if self[name]}
-
-    def cut_off(self, unread: dict[str, str], length: int) -> Iterator[str]:
-        """What to say of the ends of the prompts that lie beyond `length` tokens; "" where all is read."""
-        for name, text in unread.items():
-            if text:
+    def cut_off(self, unread: Callable[[str], str], length: int) -> Iterator[str]:
+        """What to say of the prompts that are longer than `length` tokens; unread(text) is what lies beyond them."""
+        for name in ("prompt", "layout_prompt", "negative"):
+            if text := unread(self[name] or ""):
                 yield f"{name}: beyond {length} tokens, cut off: {machine.one_line(text)}"
 
     def check_checkpoint(self, identity: dict[str, str]) -> None:
