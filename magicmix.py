@@ -200,10 +200,10 @@ def magicmix(
     K_max, K_min = o.K_max, o.K_min  # in steps; k_max and k_min are fractions of T = o.steps
     layout = pictures.as_layout(layout, o.size)
     size = models.latent_size(tuple(layout.shape[2:]) if isinstance(layout, Tensor) else o.size)
-    models.warn_if_untrained(size, prompt, layout, o.negative)
     noise = Noise(seeds, size, models.device) if noise is None else noise
     eps = noise_files.first(noise)
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
+    models.warn_if_untrained(size, prompt, layout, o.negative)
     if isinstance(layout, Tensor):
         x0 = noise_files.matched(models.vae.encode(layout.to(models.device)), eps)  # (B, 4, H, W)
         yield from mix(content, ImageLayout(schedule, x0, eps), K_max, K_min, o.nu)
@@ -225,10 +225,11 @@ def text_to_image(
     o = options.of_mix(options.own(models), given, unused=("k_max", "k_min", "nu"))
     schedule = Schedule(models.schedule, o.steps)
     schedule.warn_if_not_noise()
-    models.warn_if_untrained(models.latent_size(o.size), prompt, o.negative)
-    noise = Noise(seeds, models.latent_size(o.size), models.device) if noise is None else noise
+    size = models.latent_size(o.size)
+    noise = Noise(seeds, size, models.device) if noise is None else noise
     eps = noise_files.first(noise)
     content = Denoiser(models, schedule, o, noise, prompt, o.token_weights)
+    models.warn_if_untrained(size, prompt, o.negative)
     yield from trajectory(content, eps, o.steps, 0, "content")
 
 

@@ -168,6 +168,8 @@ def as_layout(given: Tensor | Image.Image | Path | str, size: tuple[int, int]) -
         name = machine.shown(given)
         right = f"give the picture as Path({name}), on the command line with --layout"
         raise ValueError(f"layout {name} is the name of a file, and as a str it would be a prompt; {right}")
+    else:
+        options.check({"layout_prompt": given})
     return given
 
 
