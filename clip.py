@@ -128,7 +128,7 @@ class CLIPTextModel(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ prompts and tokens
-# `tokenizer` is transformers' CLIPTokenizer; its model_max_length is L.
+# `tokenizer` is transformers' CLIPTokenizerFast; its model_max_length is L.
 
 
 def encode_prompts(tokenizer, encoder: CLIPTextModel, prompts: list[str]) -> Tensor:

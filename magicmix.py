@@ -248,9 +248,10 @@ def decode(models: Checkpoint, x: Tensor) -> list[Image]:
 def make(asked: dict) -> None:
     """Does what the command line asks for. Raises ValueError or OSError for what is wrong with it, before the
     checkpoint is loaded where that is possible, else before the first step; and what `magicmix` raises."""
+    options.check(asked)
     if asked.get("concepts"):
         return machine.show(weights.words(asked.get("weights", weights.TINY)))
-    r = request.read(asked)
+    r = request.read(asked, weights.TINY)
     models = weights.load(**r.loading())
     r.check_checkpoint(models.identity)
     r.tell(*models.notes)

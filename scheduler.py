@@ -93,7 +93,7 @@ class Schedule:
         self.t = [0, *called]
         if stride < 1 or self.t[-1] >= n:
             largest = n if config.timestep_spacing == "trailing" else n - config.steps_offset
-            raise ValueError(f"steps {steps} is out of range; use 1 to {largest}, with t[T] below the last timestep")
+            raise ValueError(f"steps {steps} is out of range; use 1 to {largest}, with t[T] of at most {n - 1}")
         self.alphas_cumprod = alphas_cumprod(config)
 
     def abar(self, k: int) -> Tensor:

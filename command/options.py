@@ -225,8 +225,8 @@ class Options:
     # fmt: off
     prompt: str | None = option(None, Text(), "the content: what the picture is to become", PICTURE)
     layout: Path | None = option(
-        None, Place("a picture file"), "take the layout from this picture (image-text mixing)", PICTURE,
-        metavar="IMAGE")
+        None, Place("a picture file"), "take the layout from this picture (image-text mixing); - reads it "
+        "from standard input", PICTURE, metavar="IMAGE")
     layout_prompt: str | None = option(
         None, Text(), "take the layout from this prompt's own denoising (text-text mixing)", PICTURE, metavar="TEXT")
     output: Path = option(
@@ -279,10 +279,11 @@ class Options:
         metavar="PATH", unset="the checkpoint's")
     no_ema: bool = option(False, Flag(), "the raw weights, where a file has averaged ones too", PICTURE)
     prediction: str = option(
-        "auto", Choice(("auto", "epsilon", "v")), "what the UNet predicts; auto: as its config says, or a probe",
+        "auto", Choice(("auto", "epsilon", "v")), "what the UNet predicts; auto: as its files say, or a probe",
         PICTURE)
     upcast_attention: str = option(
-        "auto", Choice(("auto", "on", "off")), "attention in float32; auto: as the config says", PICTURE)
+        "auto", Choice(("auto", "on", "off")), "attention in float32; auto: as the config says, on for single files "
+        "of SD 2", PICTURE)
     device: str = option("auto", Text(), "cpu, cuda, mps ...; auto: a GPU where there is one", RUN)
     dtype: str | None = option(
         None, DTYPE, "precision of the text encoder and the UNet", PICTURE, unset="fp32 on a CPU, fp16 on a GPU")
@@ -356,7 +357,7 @@ def check(values: dict, where: str = "", scopes: Sequence[str] = ANYWHERE) -> No
 
 
 def of_mix(own: dict, given: dict, unused: Sequence[str] = ()) -> Options:
-    """The options of a mix in Python: the general defaults, over them the checkpoint's own, over them what was given.
+    """The options of a mix: the general defaults, over them the checkpoint's own, over them what was given.
 
     Raises ValueError for a value that cannot be right, TypeError for a given option that is none of the mixing, or one
     that would not be used.
@@ -467,16 +468,18 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
     parsed, unknown = parser.parse_known_args(argv)
     given = vars(parsed)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes(given.get('prompt'), unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes(argv, given, unknown)}")
     return {name: dict(value) if FACTS[name]["kind"].is_repeated else value for name, value in given.items()}
 
 
-def quotes(prompt: str | None, unknown: list[str]) -> str:
-    """What to do when the unknown arguments look like the rest of the prompt; "" otherwise."""
-    words = [prompt or "-", *unknown]
+def quotes(argv: Sequence[str], given: dict, unknown: list[str]) -> str:
+    """What to do when the unknown arguments look like the rest of a text; "" otherwise."""
+    words = [given.get("prompt", "-"), *unknown]
     if any(word.startswith("-") or len(word.split()) != 1 for word in words):
         return ""
-    return f'; write a text of several words in quotes: "{" ".join(words)}"'
+    start = argv.index(words[0])
+    is_prompt = list(argv[start : start + len(words)]) == words  # and not the rest of --negative's or another's text
+    return "; write a text of several words in quotes" + (f': "{" ".join(words)}"' if is_prompt else "")
 
 
 def flags(name: str) -> tuple[str, ...]:

@@ -215,6 +215,8 @@ def output_paths(output: str | Path, seeds: range, sheet: bool = False) -> list[
     the contact sheet, if there is to be one. Raises ValueError or OSError when no picture can be written there, before
     there is one."""
     path = Path(output)
+    if str(path) == "-":
+        raise ValueError("output '-' is no name for a file, and nothing is written to stdout; give a name in .png")
     if path.is_dir() or str(output).endswith(os.sep):
         raise ValueError(f"output {str(output)!r} is not a file; give a name for the file in that folder")
     if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}:

@@ -78,16 +78,27 @@ class Request:
     def check_checkpoint(self, identity: dict[str, str]) -> None:
         """Raises ValueError when the picture to make again was made with a checkpoint of another identity."""
         recorded = self.before.get("checkpoint", identity)
-        if not isinstance(recorded, dict) or not recorded.items() <= identity.items():
-            raise ValueError("the picture was made with another checkpoint; give its folder with --weights")
+        if not isinstance(recorded, dict):
+            raise ValueError(f"the picture's checkpoint is {machine.shown(recorded)}; --again needs a magicmix picture")
+        if other := [part for part, digest in recorded.items() if digest != identity.get(part)]:
+            right = "give the one that it was made with, by --weights, --unet and --vae"
+            raise ValueError(f"the picture was made with another checkpoint ({', '.join(other)} differ); {right}")
 
-    def check_nothing_is_lost(self) -> None:
+    def check_nothing_is_lost(self, embedded: Path) -> None:
         """Raises ValueError when a file that is read, or another that is written, would be written over, under whatever
-        name. The picture that is made again may be: it can be made again."""
+        name. The picture that is made again may be: it can be made again. `embedded`: the embedded checkpoint."""
+        inputs = {name: self.given[name] for name in options.places(PICTURE) if name in self.given}
         taken = {}
-        for name in (*options.places(PICTURE), "keep_noise"):  # what is read comes first
-            if name in self.given:
-                taken.setdefault(pictures.identity(self.given[name]), name)
+        for name, path in (inputs | {"keep_noise": self["keep_noise"]}).items():  # what is read comes first
+            if path is not None:
+                is_piped = name == "layout" and str(path) == "-"
+                taken.setdefault(pictures.identity(0 if is_piped else path), name)
+        folders = {name: path for name, path in ({"weights": embedded} | inputs).items() if os.path.isdir(path)}
+        for path in self.paths:
+            for name, folder in folders.items():
+                if path.exists() and path.resolve().is_relative_to(Path(folder).resolve()):
+                    lost = f"output {str(path)!r} is a file of {name} {str(folder)!r}, which would be lost"
+                    raise ValueError(f"{lost}; give another name")
         for name, path in [("output", path) for path in self.paths] + [("keep_noise", self["keep_noise"] or "")]:
             other = taken.get(pictures.identity(path), name)
             if other != name:
@@ -100,6 +111,8 @@ class Request:
         parameters = {name: self.given[name] for name in options.names(PICTURE) if name in self.given}
         parameters |= {name: value for name, value in mixing.only(MIXING).items() if value is not None}
         parameters |= {"seed": self.seeds[row], "dtype": machine.dtype_name(models.dtype)}
+        if "weights" in parameters and not os.path.isabs(self["weights"]) and os.path.exists(self["weights"]):
+            parameters["weights"] = os.path.join(".", self["weights"])  # else, from elsewhere, it could be a hub id
         digests = {}
         if self.layout:
             digests["layout_sha256"] = self.layout.sha256
@@ -122,22 +135,22 @@ def check_recorded(name: str, path: str) -> None:
     """Raises ValueError or FileNotFoundError for a path in the picture that is made again which leads nowhere here."""
     if name == "layout" and path == "-":
         raise ValueError("the picture's layout came through standard input; give the layout with --layout")
-    is_hub_id = name == "weights" and path.partition("@")[0].count("/") == 1  # or a path; the loader finds out
+    is_hub_id = name == "weights" and path.partition("@")[0].count("/") == 1 and not path.startswith(".")
     if not is_hub_id and not os.path.exists(path):
         folder = "" if os.path.isabs(path) else "; it is relative to the folder in which the picture was made"
         right = f"give it with --{name}" + " or go there" * bool(folder)
         raise FileNotFoundError(f"{name} {machine.shown(path)}, named in the picture, does not exist{folder}; {right}")
 
 
-def read(asked: dict) -> Request:
+def read(asked: dict, embedded: Path) -> Request:
     """Reads and checks all that can be before a checkpoint is there.
 
     Args:
         asked: the options that were typed.
+        embedded: the folder of the embedded checkpoint.
 
     Raises ValueError or OSError that names the first thing that is wrong.
     """
-    options.check(asked)
     before = pictures.read_metadata(asked["again"]) if "again" in asked else {}
     given = options.recall(before["parameters"], asked) if before else asked
     options.check(given)
@@ -167,5 +180,5 @@ def read(asked: dict) -> Request:
             raise ValueError(f"{name} {given[name]!r} has changed; give the file to use with --{name}")
     if "keep_noise" in given:
         noise.check_target(given["keep_noise"])
-    request.check_nothing_is_lost()
+    request.check_nothing_is_lost(embedded)
     return request

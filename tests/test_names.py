@@ -207,7 +207,7 @@ def test_other_architectures_are_refused(name, message):
     path = Path("x.safetensors")
     with pytest.raises(CheckpointError, match=message):
         source = files.single_file_source(path, {name: torch.empty(1, device="meta")}, True, {})
-        weights.check_complete(source, str(path))
+        weights.check_source(source, {}, str(path))
 
 
 # ------------------------------------------------------------------------------------------------- the vocabulary

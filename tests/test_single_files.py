@@ -3,12 +3,13 @@ its true size through the real loader."""
 
 import functools
 import json
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, published_facts, published_rows, sparse_file
+from conftest import TINY, change_config, published_facts, published_rows, sparse_file
 
 import weights
 from weights import CheckpointError, files, names
@@ -117,7 +118,7 @@ LOADS = {
 
 # what: (family, change, the message)
 REFUSED = {
-    "no VAE": (SD1, lambda rows: without(rows, VAE), r"holds text encoder and UNet, no VAE; give one \(vae\)"),
+    "no VAE": (SD1, lambda rows: without(rows, VAE), r"holds text encoder and UNet, no VAE; give one as vae"),
     "UNet alone": (SD1, lambda rows: without(rows, VAE, TEXT), "holds UNet, no text encoder; .* and this as its unet"),
     "bare UNet": (
         SD1,
@@ -162,18 +163,16 @@ REFUSED = {
 
 
 @functools.cache
-def expected_tensors(part, config):
-    return weights.build(part, config).state_dict()
+def network(part, config):
+    return weights.build(part, config)
 
 
 def without_storage(family, change, metadata=None):
     rows = change(published_rows(*family, "F16"))
     tensors = {n: torch.empty(shape, dtype=META[dtype], device="meta") for n, (shape, dtype) in rows.items()}
     source = files.single_file_source(Path("x.safetensors"), tensors, True, metadata or {})
-    weights.check_complete(source, "x.safetensors")
-    for part in weights.MODELS:
-        expected = expected_tensors(part, source.configs[part])
-        weights.check(expected, weights.same_rank(expected, source.tensors[part]), part)
+    models = {part: network(part, source.configs[part]) for part in weights.MODELS}
+    weights.check_source(source, models, "x.safetensors")
     return source
 
 
@@ -276,8 +275,34 @@ def test_a_unet_of_its_own(names_, tmp_path):
     assert models.schedule.prediction_type == "v_prediction"
     with pytest.raises(CheckpointError, match="take both from one model"):
         load(TINY, unet=alone)
-    with pytest.raises(CheckpointError, match="holds no vae"):
+    with pytest.raises(CheckpointError, match="holds no VAE; give a file or a folder that has one as vae"):
         load(TINY, vae=alone)
+
+
+def test_a_unet_comes_with_what_is_known_of_its_training(folder, tmp_path):
+    """That of a whole folder with its schedule; one alone leaves the schedule that is there."""
+    change_config(folder, "scheduler", prediction_type="v_prediction", beta_end=0.02)
+    models = weights.load(unet=folder)
+    assert (models.schedule.prediction_type, models.schedule.beta_end) == ("v_prediction", 0.02)
+    assert weights.load(unet=folder / "unet").schedule == models.schedule
+    shutil.copytree(folder / "unet", tmp_path / "alone")
+    assert weights.load(unet=tmp_path / "alone").schedule == weights.load().schedule
+    change_config(folder, "scheduler", rescale_betas_zero_snr=True)
+    with pytest.raises(CheckpointError, match="text states of width 128; a single file must be of SD 1"):
+        weights.load(folder, unet=TINY / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_silent_unet_leaves_zero_terminal_snr(tmp_path):
+    rows = without(published_rows(*SD1, "F16"), VAE, TEXT)
+    alone = sparse_file(tmp_path / "unet.safetensors", rows)
+    whole = in_full_size(tmp_path, SD1, lambda rows: rows | {"v_pred": EMPTY, "ztsnr": EMPTY})
+    assert load(whole, unet=alone, prediction="v").schedule.rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_size_of_a_single_file_of_sd2_follows_the_prediction(prediction, tmp_path):
+    models = load(in_full_size(tmp_path, SD2, lambda rows: rows), prediction=prediction)
+    assert models.size == ((512, 512) if prediction == "epsilon" else (768, 768))
 
 
 def test_a_vae_with_counters_of_its_training(tmp_path):

@@ -164,7 +164,7 @@ def test_a_scheduler_says_how_the_model_was_trained(name, tmp_path):
             with pytest.raises(CheckpointError, match=other_noise(config)):
                 configs.read_schedule(path)
             continue
-        ours, notes = configs.read_schedule(path)
+        ours, notes, _ = configs.read_schedule(path)
         asked = {"timestep_spacing": "leading", "steps_offset": config.get("steps_offset", ours.steps_offset)}
         theirs = diffusers.DDIMScheduler.from_config(config | asked)
         theirs.set_timesteps(20)

@@ -1,9 +1,9 @@
 """Checkpoints: a folder, a single file or a hub id becomes this project's models, strictly.
 
 Every tensor in the files is accounted for: it is a parameter of the right shape, or it is left unread by name and with
-a reason (`weights.names`). So is every config field (`weights.configs`). Tensors stay memory-mapped and are handed to
-modules built on the meta device, so a load reads the files once and keeps no second copy, unless a dtype or device asks
-for one.
+a reason (`weights.names`). So is every field of the networks' configs (`weights.configs`). Tensors stay memory-mapped
+and are handed to modules built on the meta device, so a load reads the files once and keeps no second copy, unless a
+dtype or device asks for one.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from weights.configs import CheckpointError
 from weights.files import (
     FLOATS,
     PICKLES,
+    SPOKEN,
     Source,
     open_folder,
     open_part,
@@ -39,7 +40,6 @@ __all__ = ["TINY", "Checkpoint", "CheckpointError", "load", "load_tokenizer", "o
 
 TINY = Path(__file__).parent / "tiny"
 DAMAGED = "get the file again if it is damaged, or compute in float32 if that is finite"
-SPOKEN = {"unet": "UNet", "text_encoder": "text encoder", "vae": "VAE"}
 MODELS = {"text_encoder": clip.CLIPTextModel, "unet": unet.UNet2DConditionModel, "vae": vae.AutoencoderKL}
 
 
@@ -48,7 +48,7 @@ class Checkpoint:
     """The parts of a text-to-image latent diffusion model, in eval mode, without gradients.
 
     Attributes:
-        tokenizer: transformers' CLIPTokenizer; model_max_length is L.
+        tokenizer: transformers' CLIPTokenizerFast; model_max_length is L.
         text_encoder, unet: in `dtype`.
         vae: in float32 unless asked otherwise: decoding in float16 overflows in some public models.
         schedule: the noise schedule's config.
@@ -263,7 +263,6 @@ def load(
     """
     device = torch.device(device)
     opened = open_source(source, dtype != torch.float32, ema, unet, vae)
-    check_complete(opened, str(source))
     found_configs = config_fingerprint(opened.configs)
     if upcast_attention is not None:
         opened.configs["unet"] = dataclasses.replace(opened.configs["unet"], upcast_attention=upcast_attention)
@@ -271,6 +270,7 @@ def load(
         raise ValueError(f"prediction {prediction!r} is not known; use auto, epsilon or v")
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": vae_dtype}
     models = {part: build(part, opened.configs[part]) for part in MODELS}
+    check_source(opened, models, str(source))
     tokenizer = tokenizer_of(opened, str(source))
     for part, network in models.items():
         fill(network, opened.tensors[part], opened.where(part), dtypes[part], device)
@@ -281,9 +281,7 @@ def load(
         kind = probe_prediction(models["unet"])[0]
         if kind == "v_prediction":
             opened.notes.append("the UNet predicts v, as a probe shows; nothing in the file says it")
-    if (
-        opened.format == "single file" and kind == "epsilon"
-    ):  # of bare SD2 files, those that predict v are the 768 px ones
+    if opened.is_guessed and kind == "epsilon":  # of SD2's single files, only those that predict v are 768 px ones
         models["unet"].config = dataclasses.replace(models["unet"].config, sample_size=64)
     if free_after_use and opened.format == "folder":  # a single file stays mapped for the UNet anyway
         hook_parts(opened, models, dtypes, ["text_encoder", "vae"] if vae is None else ["text_encoder"])
@@ -313,38 +311,45 @@ def open_source(
     elif hub.HUB_ID.fullmatch(str(source)):
         opened = open_folder(hub.fetch(str(source), half, ema), half, ema, str(source))
     else:
-        raise CheckpointError(f"weights {str(source)!r} is no folder, no .safetensors file and no hub id")
+        raise CheckpointError(
+            f"weights {str(source)!r} is no folder, no .safetensors file and no hub id; check the path"
+        )
     for part, other in others.items():
         if other is not None:
             opened.take(part, open_part(part, Path(other), half, ema))
     return opened
 
 
-def check_complete(source: Source, where: str) -> None:
-    """Raises CheckpointError for a part that is not there, or a tensor that is of no part."""
+def check_source(source: Source, models: dict[str, nn.Module], where: str) -> None:
+    """Raises CheckpointError for a part that is not there, and for a tensor that does not fit or is of no part.
+
+    Args:
+        source: what was opened.
+        models: part -> its network on the meta device.
+        where: what the source is called, to begin messages with.
+    """
     there = [SPOKEN[part] for part in MODELS if source.tensors[part]]
     for part, right in {
         "unet": "give a whole checkpoint, and this as its vae" if there == ["VAE"] else "give a whole checkpoint",
         "text_encoder": "give a checkpoint that has one, and this as its unet",
-        "vae": "give one (vae)",
+        "vae": "give one as vae",
     }.items():
         if not source.tensors[part]:
             held = " and ".join(there) or "nothing of SD 1 or 2"
             raise CheckpointError(f"{where} holds {held}, no {SPOKEN[part]}; {right}")
     check({}, source.tensors.get("unknown", {}), where)
+    for part, network in models.items():
+        expected = network.state_dict()
+        check(expected, same_rank(expected, source.tensors[part]), source.where(part))
 
 
 def tokenizer_of(source: Source, where: str):
     """The tokenizer of a source. Raises CheckpointError when it, or another part, does not belong to the others."""
     text = source.configs["text_encoder"]
     if source.tokenizer is None and text.vocab_size < CLIP_TOKENS:
-        raise CheckpointError(
-            f"{where} has no tokenizer folder, and its vocabulary is not CLIP's; get the folder as well"
-        )
-    # SD2 pads with "!", which is id 0; its text encoder has another activation than SD1's.
-    tokenizer = load_tokenizer(
-        source.tokenizer, "!" if text.hidden_act == "gelu" else "<|endoftext|>", text.max_position_embeddings
-    )
+        raise CheckpointError(f"{where} has no tokenizer folder, and its vocabulary is not CLIP's; get the folder too")
+    pad = "!" if text.hidden_act == "gelu" else "<|endoftext|>"  # SD2's, which is id 0; only its text encoder has gelu
+    tokenizer = load_tokenizer(source.tokenizer, pad, text.max_position_embeddings)
     check_together(source, tokenizer, where)
     return tokenizer
 
@@ -358,7 +363,8 @@ def schedule_of(source: Source, prediction: str, where: str) -> scheduler.Schedu
 
 
 def words(source: str | Path) -> list[str]:
-    """The words that a checkpoint was trained on, in lines to print. Raises CheckpointError."""
+    """The words that a checkpoint was trained on, in lines to print; a hub id is fetched for it. Raises
+    CheckpointError."""
     known = open_source(source, half=False, ema=True).concepts
     return concepts.lines(known) or [f"{source} does not say which words it was trained on"]
 

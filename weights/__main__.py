@@ -2,21 +2,23 @@
 
 import sys
 
-from command import machine
+from command import machine, options
 from weights.describe import describe
 
 USAGE = "usage: python -m weights SOURCE   (a folder, a .safetensors file or a hub id)"
 
 
 def show(source: str) -> None:
-    """Prints the description; exit code 2 for a checkpoint that does not load. Raises CheckpointError."""
-    lines, obstacle = describe(source)
+    """Prints the description; exit code 2 for a checkpoint that does not load. Raises ValueError."""
+    options.check({"weights": source})
+    lines, obstacle = describe(source, lambda own: options.check(own, "magicmix.json: ", (options.MIXING,)))
     machine.show(lines)
     if obstacle:
         sys.exit(2)
 
 
 def main() -> int:
+    machine.begin()
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(f"{USAGE}\n\n{__doc__}")
         return 0

@@ -2,9 +2,9 @@
 
 A field that shapes a network or its noise levels is used. One that diffusers or transformers has and these networks do
 not is accepted at the value at which it changes nothing (NEUTRAL), or at any value if it never changes a picture
-(DESCRIPTIVE). A scheduler's other fields are wishes of a sampler: accepted, and said where they differ from what is
-done here. Formats: unet/config.json, vae/config.json and scheduler/scheduler_config.json of diffusers,
-text_encoder/config.json of transformers.
+(DESCRIPTIVE). A scheduler's other fields are wishes of a sampler: accepted, and said where they change the steps.
+Formats: unet/config.json, vae/config.json and scheduler/scheduler_config.json of diffusers, text_encoder/config.json of
+transformers.
 """
 
 import dataclasses
@@ -160,9 +160,9 @@ def read_config(path: Path, part: str) -> object:
     return to_config(path, part, found)
 
 
-def read_schedule(path: Path) -> tuple[scheduler.ScheduleConfig, list[str]]:
-    """A scheduler_config.json as its dataclass, and one line each on what its sampler asks for that is done otherwise
-    here. Raises CheckpointError for noise levels that cannot be used."""
+def read_schedule(path: Path) -> tuple[scheduler.ScheduleConfig, list[str], str]:
+    """A scheduler_config.json as its dataclass, a line on what its sampler asks for that is done otherwise here, and
+    the sampler's class. Raises CheckpointError for noise levels that cannot be used."""
     found = read_json(path)
     kind = str(found.get("_class_name", "DDIMScheduler"))
     if found.get("trained_betas") is None and not found.keys() >= {"beta_start", "beta_end"}:
@@ -176,7 +176,7 @@ def read_schedule(path: Path) -> tuple[scheduler.ScheduleConfig, list[str]]:
     if kind not in SAMPLERS or spacing not in ([], [config.timestep_spacing]) or switches:
         asked = ", ".join([kind.removesuffix("Scheduler"), *spacing, *(f"{name} true" for name in switches)])
         notes.append(f"scheduler: asks for {asked}; MagicMix samples with DDIM, {config.timestep_spacing}")
-    return config, notes
+    return config, notes, kind
 
 
 def to_config(path: Path, part: str, found: dict) -> object:

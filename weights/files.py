@@ -18,14 +18,14 @@ import vae
 from weights import names
 from weights.configs import CheckpointError, read_config, read_json, read_schedule
 
+SPOKEN = {"unet": "UNet", "text_encoder": "text encoder", "vae": "VAE"}
 STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 NAMES = {
     "text_encoder": names.diffusers_text,
     "unet": names.diffusers_unet,
     "vae": names.diffusers_vae,
 }
-# A source may be hostile. These bounds lie far above every published model and keep what is read before the first
-# strict comparison from filling the memory or taking minutes.
+# Bounds against hostile files, as those in configs.py.
 MAX_HEADER = 4 << 20  # bytes of a safetensors header; published ones stay below half a million
 MAX_TENSORS = 4_000  # in a file; the published ones have at most 1,831
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -50,6 +50,7 @@ class Source:
         own_options: those in magicmix.json, if it is there.
         unread: name -> why it is left unread.
         averaged: what there is of averaged weights, in words.
+        is_guessed: the UNet's config is that of its family, of which some models have another size.
         notes: what its user should know, one line each.
         concepts: the lists of words in concepts.json, if it is there.
     """
@@ -65,6 +66,7 @@ class Source:
     concepts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     averaged: str = "no copy of its own"
+    is_guessed: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def where(self, part: str) -> str:
@@ -72,16 +74,17 @@ class Source:
         return ", ".join(map(str, self.files[part]))
 
     def take(self, part: str, other: "Source") -> None:
-        """Replaces a part by that of another source, with what is known of it."""
+        """Replaces a part by that of another source. With a UNet comes what its files say of its training; a single
+        file that says nothing leaves the prediction type to the probe."""
         for mine, theirs in ((self.configs, other.configs), (self.tensors, other.tensors), (self.files, other.files)):
             mine[part] = theirs[part]
         self.notes += other.notes
         if part == "unet":
-            self.averaged = other.averaged
-        if part == "unet" and other.format == "single file":  # a folder of a UNet alone says nothing on its training
-            self.prediction, self.told_by = other.prediction, other.told_by
-            zero_snr = other.configs["scheduler"].rescale_betas_zero_snr
-            self.configs["scheduler"] = with_training(self.configs["scheduler"], other.prediction, zero_snr)
+            self.averaged, self.is_guessed = other.averaged, other.is_guessed
+            if other.told_by:
+                self.configs["scheduler"] = other.configs["scheduler"]
+            if other.told_by or other.format == "single file":
+                self.prediction, self.told_by = other.prediction, other.told_by
 
 
 def with_training(config: scheduler.ScheduleConfig, prediction: str | None, zero_snr: bool) -> scheduler.ScheduleConfig:
@@ -180,22 +183,29 @@ def open_part(part: str, path: Path, half: bool = False, ema: bool = True) -> So
     """One part: a folder with its config.json, or the file of a part alone in either spelling, or a whole checkpoint of
     which that part is taken. Raises CheckpointError."""
     if not path.is_dir():
+        if not path.exists() and path.suffix not in {".safetensors", *PICKLES}:
+            raise CheckpointError(f"{part} {str(path)!r} does not exist; give a folder or a .safetensors file")
         source = open_single_file(path, ema)
         if not source.tensors[part]:
-            raise CheckpointError(f"{path} holds no {part}")
+            raise CheckpointError(f"{path} holds no {SPOKEN[part]}; give a file or a folder that has one as {part}")
         return source
     folder = path / part if (path / part).is_dir() else path
-    config = read_config(folder / "config.json", part)
+    configs, notes, told_by = {part: read_config(folder / "config.json", part)}, [], ""
+    if (folder.parent / "scheduler").is_dir():  # of a whole checkpoint
+        configs["scheduler"], notes, _ = read_schedule(folder.parent / "scheduler" / "scheduler_config.json")
+        told_by = "its scheduler config"
     files = part_files(folder, STEMS[part], half, ema)
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     found = sort(folder, tensors, ema, (part, NAMES[part]))
     return Source(
         format="folder",
-        configs={part: config},
+        configs=configs,
         tensors={part: found.parts[part]},
         files={part: files},
+        prediction=configs["scheduler"].prediction_type if told_by else None,
+        told_by=told_by,
         unread=found.unread,
-        notes=left_over(folder, found),
+        notes=notes * (part == "unet") + left_over(folder, found),
     )
 
 
@@ -236,8 +246,7 @@ def open_folder(folder: Path, half: bool, ema: bool, name: str) -> Source:
         raise CheckpointError(f"{folder} is a {kind} with a transformer for a UNet; use a model of SD 1 or SD 2")
     raw = read_json(folder / "unet" / "config.json")
     refuse_other_families(raw.get("in_channels"), raw.get("cross_attention_dim"), folder)
-    schedule, notes = read_schedule(folder / "scheduler" / "scheduler_config.json")
-    wished = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
+    schedule, notes, wished = read_schedule(folder / "scheduler" / "scheduler_config.json")
     parts = {part: open_part(part, folder / part, half, ema) for part in STEMS}
     return Source(
         format="folder",
@@ -246,11 +255,10 @@ def open_folder(folder: Path, half: bool, ema: bool, name: str) -> Source:
         files={part: source.files[part] for part, source in parts.items()},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").exists() else None,
         prediction=schedule.prediction_type,
-        told_by="the scheduler config",
+        told_by="its scheduler config",
         own_options=own_options(folder),
         unread={name: why for source in parts.values() for name, why in source.unread.items()},
-        notes=notes
-        + few_steps(name, kind, wished, raw.get("_name_or_path"), index.get("_name_or_path"))
+        notes=few_steps(name, kind, wished, raw.get("_name_or_path"), index.get("_name_or_path"))
         + [note for source in parts.values() for note in source.notes],
         concepts=own_concepts(folder),
     )
@@ -304,9 +312,13 @@ def single_file_source(path: Path, tensors: dict[str, Tensor], ema: bool, metada
     cross = [tensor for name, tensor in net.items() if name.endswith("attn2.to_k.weight")]
     if net and not (cross and "conv_in.weight" in net):
         raise CheckpointError(f"{path}: the UNet has no conv_in.weight or no attn2.to_k.weight; use SD 1 or SD 2")
+    width = cross[0].shape[-1] if net else unet.UNetConfig().cross_attention_dim
     if net:
-        refuse_other_families(net["conv_in.weight"].shape[1], cross[0].shape[-1], path)
-    is_sd2 = bool(net) and cross[0].shape[-1] == SD2_UNET.cross_attention_dim
+        refuse_other_families(net["conv_in.weight"].shape[1], width, path)
+    if width not in (unet.UNetConfig().cross_attention_dim, SD2_UNET.cross_attention_dim):
+        right = "a single file must be of SD 1 (768) or SD 2 (1024); give the folder with its config.json"
+        raise CheckpointError(f"{path}: its UNet reads text states of width {width}; {right}")
+    is_sd2 = width == SD2_UNET.cross_attention_dim
     prediction, told_by, zero_snr = training(found.markers, metadata)
     notes = few_steps(path.stem) + left_over(path, found)
     averaged = "no copy of its own"
@@ -333,5 +345,6 @@ def single_file_source(path: Path, tensors: dict[str, Tensor], ema: bool, metada
         told_by=told_by,
         unread=found.unread,
         averaged=averaged,
+        is_guessed=True,
         notes=notes,
     )

@@ -171,12 +171,18 @@ SINGLE_FILE: dict[str, Place] = {
     "conditioner.embedders.0.transformer.": ("text_encoder", diffusers_text),  # the same as newer programs write them
     "conditioner.embedders.0.model.": ("text_encoder", openclip_text),
 }
-# A part in a file of its own: how a name begins there, and its name map.
+
+
+def alone_vae(name: str, tensor: Tensor) -> Pairs:
+    """An autoencoder in a file of its own, in either spelling: each map leaves the other's names as they are."""
+    return [pair for old, t in original_vae(name, tensor) for pair in diffusers_vae(old, t)]
+
+
+# A part in a file of its own: how some names begin there and nowhere else, and its name map.
 ALONE: dict[str, Place] = {
     "input_blocks.": ("unet", original_unet),
     "down_blocks.": ("unet", diffusers_unet),
-    "encoder.down.": ("vae", original_vae),
-    "encoder.down_blocks.": ("vae", diffusers_vae),
+    "decoder.": ("vae", alone_vae),
     "text_model.": ("text_encoder", diffusers_text),
 }
 
@@ -203,7 +209,7 @@ class Split:
 
     def leftovers(self) -> list[str]:
         """The unread names that no published file has."""
-        return [name for name in self.unread if reason(name, LEFTOVERS) and not reason(name, UNREAD)]
+        return [name for name, why in self.unread.items() if why in LEFTOVERS.values()]
 
 
 def split(tensors: dict[str, Tensor], ema: bool = True, alone: Place | None = None) -> Split:

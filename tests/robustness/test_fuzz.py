@@ -349,6 +349,10 @@ OTHERS = [
 ]
 
 
+# What is said of a mix that goes on.
+WARNING = re.compile(r"magicmix: (steps \d+: denoising from noise|size \d+x\d+: this checkpoint|not among the words) ?")
+
+
 class Reached(Exception):
     """The first step is done, and another one, or the VAE, would be next."""
 
@@ -386,7 +390,7 @@ def again(models):
                     code = 0
             lines = error.getvalue().splitlines()
             assert all(line.startswith("magicmix: ") for line in lines), lines
-            lines = [line for line in lines if not re.match(r"magicmix: steps \d+: denoising from noise", line)]
+            lines = [line for line in lines if not WARNING.match(line)]
             assert (code, len(lines)) in ((0, 0), (2, 1)), lines
             assert all(c.isprintable() for c in "".join([*out.getvalue().splitlines(), *lines]))
             return code
