@@ -10,7 +10,7 @@ are all read from `Options`. Where an option may be set is its scope:
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -317,10 +317,16 @@ def is_left_out(name: str, value: object) -> bool:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
+        self.exit(2, f"{self.prog.removesuffix('.py')}: {one_line(message)}\n")  # without the usage
 
 
-def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
+def parse(
+    argv: Sequence[str],
+    description: str,
+    embedded: dict,
+    program: str = "magicmix.py",
+    add: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> dict:
     """The options that were given, by name; those that were not are absent. Ends the process with exit code 2 and one
     line for what cannot be parsed.
 
@@ -328,9 +334,11 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
         argv: without the program's name.
         description: of the command, for --help.
         embedded: the embedded checkpoint's own defaults, for --help.
+        program: the command, which has all options of magicmix.py.
+        add: adds its own ones to the parser.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("magicmix.py", description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)
+    parser = Parser(program, description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)
     for name, facts in FACTS.items():
         kind, text = facts["kind"], facts["help"] + default_text(name, embedded)
         if name == "prompt":
@@ -341,8 +349,10 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
             action = "append" if kind.is_repeated else "store"
             metavar = "|".join(kind.values) if isinstance(kind, Choice) else facts["metavar"]
             parser.add_argument(*flags(name), dest=name, type=kind.parse, action=action, metavar=metavar, help=text)
+    add(parser)
     given = vars(parser.parse_args(argv))
-    return {name: dict(value) if FACTS[name]["kind"].is_repeated else value for name, value in given.items()}
+    repeated = [name for name in given if name in FACTS and FACTS[name]["kind"].is_repeated]
+    return given | {name: dict(given[name]) for name in repeated}
 
 
 def flags(name: str) -> tuple[str, ...]:
