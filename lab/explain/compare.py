@@ -9,8 +9,9 @@ from torch import Tensor
 from lab.explain.trace import LATENTS, Trace
 
 BEFORE = (  # the tensors that no step has, in the order they come about
-    "eps", "layout_x0", "t", "abar", "negative/ids", "negative/states", "negative/weights", "prompt/ids", "prompt/states",
-    "prompt/weights", "layout_prompt/ids", "layout_prompt/states", "layout_prompt/weights",
+    "eps", "layout_x0", "t", "abar", "negative/ids", "negative/states", "negative/weights",
+    "prompt/ids", "prompt/states", "prompt/weights",
+    "layout_prompt/ids", "layout_prompt/states", "layout_prompt/weights",
 )  # fmt: skip
 
 

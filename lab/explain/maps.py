@@ -1,8 +1,8 @@
 """Cross-attention maps on a second, explicit path, and the words that their columns belong to.
 
 The fused kernel in `attention.attend` never has the softmax map M in memory. Here M is computed again, from a
-cross-attention's inputs and weights, in float32: softmax(q k^T / sqrt(D / h)), row n for image token n, column l for text
-token l. `output_of` carries M on to the module's output, so that tests can hold it against the fused one.
+cross-attention's inputs and weights, in float32: softmax(q k^T / sqrt(D / h)), row n for image token n, column l for
+text token l. `output_of` carries M on to the module's output, so that tests can hold it against the fused one.
 """
 
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ def maps_of(attention: Attention, x: Tensor, context: Tensor) -> Tensor:
 
 
 def output_of(attention: Attention, maps: Tensor, context: Tensor, token_weights: Tensor | None) -> Tensor:
-    """The output (B, N, D) of a cross-attention from its maps (B, h, N, L): M diag(s) V, through to_out. `token_weights`
-    is s (B, L), None for all 1."""
+    """The output (B, N, D) of a cross-attention from its maps (B, h, N, L): M diag(s) V, through to_out.
+    `token_weights` is s (B, L), None for all 1."""
     v = per_head(linear(attention.to_v, context), attention.heads)  # (B, h, L, D/h)
     if token_weights is not None:
         maps = maps * token_weights[:, None, None, :].float()  # here the columns of M, in the fused path the rows of V

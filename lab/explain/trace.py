@@ -284,6 +284,8 @@ class File(Mapping):
         self.names = set(self.file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
         return self.file.get_tensor(name)
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""The trace: against a mix that nobody records, the UNet called again, and diffusers' maps; its bytes, its comparison."""
+"""The trace: against an unrecorded mix, the UNet called again, and diffusers' maps; its bytes; comparing two."""
 
 import dataclasses
 import json
