@@ -1,6 +1,6 @@
 """Runs the walk-through from a clean kernel and stores its output in it.
 
-    python -m lab.explain.notebook        rewrites lab/explain/walkthrough.ipynb; needs nbclient and ipykernel
+python -m lab.explain.notebook        rewrites lab/explain/walkthrough.ipynb; needs nbclient and ipykernel
 """
 
 import sys

@@ -34,7 +34,7 @@ LARGEST = 320  # pixels of a picture's longer side
 QUALITY = 92  # of JPEG, with colour at full size: decoded noise is colourful
 LARGEST_MAP = 32  # cells of a word map's longer side; the largest maps of Stable Diffusion have 64
 
-PATHS = ("cond", "uncond")
+HALVES = ("cond", "uncond")
 NORMS = ("x", "x_content", "layout", "x0", "e_uncond", "e_cond", "e")  # of a step's tensors, on the page
 
 
@@ -52,15 +52,11 @@ def build(sides: list[tuple[Trace, Checkpoint]], every: int = 1, row: int = 0, q
     from tqdm import tqdm
 
     gallery = Gallery()
-    with tqdm(disable=quiet, unit="picture", desc="decoding") as bar:
-        parts = []
-        for trace, models in sides:
-            try:
-                parts.append(Side(trace, models, every, row, gallery, bar))
-            except KeyError as error:
-                raise ValueError(f"the trace lacks {error}, so there is no page of it; record it anew") from error
-        bar.total = bar.n + sum(part.count() for part in parts)
-        bar.refresh()
+    try:
+        parts = [Side(trace, models, every, row, gallery) for trace, models in sides]
+    except KeyError as error:
+        raise ValueError(f"the trace lacks {error}, so there is no page of it; record it anew") from error
+    with tqdm(total=sum(part.count() for part in parts), disable=quiet, unit="picture", desc="decoding") as gallery.bar:
         data = [part.data() for part in parts]
     content = {
         "sides": data,
@@ -105,7 +101,8 @@ class Gallery:
     def __init__(self):
         self.encoded: list[str] = []  # JPEG in base64
         self.known: dict[str, int] = {}  # what it was made of -> its place in `encoded`
-        self.decoded: dict[str, Image.Image] = {}
+        self.decoded: dict[str, Image.Image] = {}  # those of one step
+        self.bar = None  # the progress bar, which counts the latents that were asked for
 
     def decode(self, models: Checkpoint, x: Tensor) -> Image.Image:
         """The picture of a latent (4, H, W)."""
@@ -116,6 +113,7 @@ class Gallery:
 
     def of_latent(self, models: Checkpoint, x: Tensor) -> int:
         """The place of the picture of a latent (4, H, W)."""
+        self.bar.update()
         return self.add(self.key(models, x), lambda: self.decode(models, x))
 
     def of_difference(self, models: Checkpoint, x: Tensor, y: Tensor) -> tuple[int, int]:
@@ -158,8 +156,8 @@ class Side:
     """What the page shows of one trace. Raises KeyError for a tensor that is not there, ValueError for one that cannot
     be."""
 
-    def __init__(self, trace: Trace, models: Checkpoint, every: int, row: int, gallery: Gallery, bar):
-        self.trace, self.models, self.row, self.gallery, self.bar = trace, models, row, gallery, bar
+    def __init__(self, trace: Trace, models: Checkpoint, every: int, row: int, gallery: Gallery):
+        self.trace, self.models, self.row, self.gallery = trace, models, row, gallery
         facts = trace.facts
         kind = dataclasses.replace(models.schedule, prediction_type=facts["prediction_type"])
         self.schedule = Schedule(kind, facts["T"])
@@ -196,8 +194,8 @@ class Side:
         return None if x is None else x[self.row].float()
 
     def count(self) -> int:
-        """How many times a picture is looked up, for the progress bar."""
-        return sum(len(self.latents(stop)) for stop in self.shown) + 1
+        """How many latents are shown, for the progress bar: those of the steps, the layout's and the result's."""
+        return sum(len(self.latents(stop)) for stop in self.shown) + 2
 
     def latents(self, stop: Stop) -> dict[str, Tensor]:
         """What is decoded at a step, by name: its own latents, and the clean ones that each prediction means."""
@@ -212,10 +210,9 @@ class Side:
 
     def pictures(self, stop: Stop) -> dict[str, int]:
         """The places of a step's pictures, by name."""
-        latents, places = self.latents(stop), {}
-        for name, x in latents.items():
-            places[name] = self.gallery.of_latent(self.models, x)
-            self.bar.update()
+        latents = self.latents(stop)
+        self.gallery.decoded.clear()
+        places = {name: self.gallery.of_latent(self.models, x) for name, x in latents.items()}
         if stop.phase == "mixing":
             apart = self.gallery.of_difference(self.models, latents["x"], latents["x_content"])
             places["apart"], places["gain"] = apart
@@ -230,7 +227,6 @@ class Side:
         is_picture = "layout_x0" in tensors
         end_of_layout = tensors["layout_x0"][self.row] if is_picture else self.clean_layout()
         layout = self.gallery.of_latent(self.models, end_of_layout)
-        self.bar.update()
         return {
             "parameters": {name: value for name, value in parameters.items() if value not in (None, "", {})},
             "prompt": parameters.get("prompt") or "",
@@ -287,7 +283,7 @@ class Side:
         """
         steps = [stop for stop in self.of_run(run) if stop.phase != "start"]
         layers = self.trace.facts["layers"]
-        halves = [half for half in PATHS if steps and self.trace.get(steps[0], f"maps/{half}/{layers[0]}") is not None]
+        halves = [half for half in HALVES if steps and self.trace.get(steps[0], f"maps/{half}/{layers[0]}") is not None]
         if not halves:
             return None
         shown = [stop for stop in self.shown if stop.run == run and stop.phase != "start"]

@@ -23,7 +23,9 @@ def outputs(cell):
     """The texts and the pictures of a cell's output."""
     texts = [output.text for output in cell.outputs if output.output_type == "stream"]
     data = [output.data for output in cell.outputs if output.output_type != "stream"]
-    pictures = [Image.open(io.BytesIO(base64.b64decode(d["image/png"]))).convert("RGB") for d in data if "image/png" in d]
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(d["image/png"]))).convert("RGB") for d in data if "image/png" in d
+    ]
     return texts, pictures
 
 

@@ -220,7 +220,7 @@ def test_pictures_are_the_decoded_trace(open_page, here, models):
         for name, selector in (("x", ".x"), ("x_content", ".x-content"), ("layout", ".row .layout"), ("x0", ".expected"),
                                ("x0", ".guided"), ("uncond", ".uncond"), ("cond", ".cond")):  # fmt: skip
             if expected[name] is None:  # below K_min
-                assert "no layout is mixed in" in tab.inner_text(f"{selector} .empty")
+                assert "no layout is mixed in any more" in tab.inner_text(f"{selector} .empty")
                 continue
             shown = picture(tab, selector)
             own = apart(shown, grey(models, expected[name]))
@@ -259,7 +259,7 @@ def test_numbers_are_the_traces(open_page, here):
             assert f"= 0.7 x′{k} + 0.3 layout{k}" in lines["the mixture"]
             assert f"= {a**0.5:.3f} x0 + {(1 - a) ** 0.5:.3f} ε" in lines["the layout at the same noise level"]
         else:
-            assert "below K_min the content is alone" in lines and "the mixture" not in lines
+            assert "mixing has ended: the content is alone" in lines and "the mixture" not in lines
 
 
 @needs_chromium

@@ -18,9 +18,7 @@ function stopAt(side, position) {
 
 const isThere = (side, position) => side.stops.some((stop) => stop.run === position.run && stop.k === position.k);
 
-// The k's of the names in an equation: what x is called at this step, and at the one before.
 const PHASES = {
-  start: "start: the layout at K_max",
   layout: "along the layout prompt",
   mixing: "mixing",
   content: "content alone",
@@ -43,7 +41,10 @@ function differing(side) {
 function written(value) {
   if (value == null) return "–";
   if (Array.isArray(value)) return value.join(" × ");
-  if (typeof value === "object") return Object.entries(value).map(([word, s]) => `${word} = ${plain(s)}`).join(", ");
+  if (typeof value === "object")
+    return Object.entries(value)
+      .map(([word, s]) => `${word} = ${plain(s)}`)
+      .join(", ");
   return typeof value === "number" ? plain(value) : String(value);
 }
 
@@ -51,7 +52,12 @@ function written(value) {
 function sideName(side) {
   if (!TWO) return null;
   const parts = differing(side).map((name) => `${name} ${written(side.parameters[name])}`);
-  return element("p", { class: "name" }, element("span", { class: "badge" }, LETTERS[SIDES.indexOf(side)]), parts.join(", ") || "the same options");
+  return element(
+    "p",
+    { class: "name" },
+    element("span", { class: "badge" }, LETTERS[SIDES.indexOf(side)]),
+    parts.join(", ") || "the same options",
+  );
 }
 
 // A frame per side within a section, with its name, and the place for what the section shows.

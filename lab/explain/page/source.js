@@ -9,7 +9,11 @@ function listing({ name, file, lines }) {
       ...pieces.map(([role, text]) => (role ? element("span", { class: role }, text) : text)),
     ),
   );
-  return element("div", { class: "listing", tabindex: 0, role: "region", "aria-label": `${name} in ${file}` }, element("ol", {}, ...rows));
+  return element(
+    "div",
+    { class: "listing", tabindex: 0, role: "region", "aria-label": `${name} in ${file}` },
+    element("ol", {}, ...rows),
+  );
 }
 
 // The layout's own run has a loop of its own.
@@ -30,7 +34,9 @@ function showSource(position) {
     for (const row of list.querySelectorAll("li")) {
       const line = Number(row.dataset.line);
       const marked = phases.some((phase) => phase.marked === line);
-      row.className = [phases.some((phase) => phase.ran.includes(line)) && "ran", marked && "marked"].filter(Boolean).join(" ");
+      row.className = [phases.some((phase) => phase.ran.includes(line)) && "ran", marked && "marked"]
+        .filter(Boolean)
+        .join(" ");
       if (marked) row.setAttribute("aria-current", "step");
       else row.removeAttribute("aria-current");
     }

@@ -2,9 +2,12 @@
 
 const POSITIONS = DATA.positions;
 const LAST = POSITIONS.length - 1;
-const slider = byId("slider"), play = byId("play");
+const slider = byId("slider"),
+  play = byId("play");
 const WAIT = 350; // milliseconds per step while playing
-let at = 0, timer = null, whenMoved = () => {};
+let at = 0,
+  timer = null,
+  whenMoved = () => {};
 
 const fraction = (i) => (LAST ? i / LAST : 0);
 const placeOf = (run, k) => POSITIONS.findIndex((position) => position.run === run && position.k === k);
@@ -48,12 +51,24 @@ function marksOf(side, row) {
   const who = RULERS.length === 2 ? `${LETTERS[row]}: ` : "";
   const first = side.stops[0];
   const found = [];
-  if (first.run === "layout") found.push(mark(placeOf("layout", first.k), [`${who}T = ${side.T}`], `${who}go to T = ${side.T}, noise`, row));
-  const names = side.Kmax === side.Kmin ? [["Kmax", "max"]] : [["Kmax", "max"], ["Kmin", "min"]];
+  if (first.run === "layout")
+    found.push(mark(placeOf("layout", first.k), [`${who}T = ${side.T}`], `${who}go to T = ${side.T}, noise`, row));
+  const names =
+    side.Kmax === side.Kmin
+      ? [["Kmax", "max"]]
+      : [
+          ["Kmax", "max"],
+          ["Kmin", "min"],
+        ];
   for (const [key, below] of names) {
     const i = placeOf("mix", side[key]);
     if (i < 0) continue;
-    const label = [who, element("var", {}, "K"), element("sub", {}, below), ` = ${side[key]}${key === "Kmax" ? ` of T = ${side.T}` : ""}`];
+    const label = [
+      who,
+      element("var", {}, "K"),
+      element("sub", {}, below),
+      ` = ${side[key]}${key === "Kmax" ? ` of T = ${side.T}` : ""}`,
+    ];
     found.push(mark(i, label, `${who}go to K ${below} = ${side[key]}`, row));
   }
   return found;
@@ -71,12 +86,18 @@ byId("marks").append(...RULERS.flatMap(marksOf));
 
 function describe(position) {
   const names = SIDES.map((side) => phaseName(stopAt(side, position)));
-  return { k: `k = ${position.k}`, phase: names.every((name) => name === names[0]) ? names[0] : names.map((name, i) => `${LETTERS[i]}: ${name}`).join("; ") };
+  return {
+    k: `k = ${position.k}`,
+    phase: names.every((name) => name === names[0])
+      ? names[0]
+      : names.map((name, i) => `${LETTERS[i]}: ${name}`).join("; "),
+  };
 }
 
 function moveTo(i, spoken = true) {
   at = Math.max(0, Math.min(LAST, i));
-  const position = POSITIONS[at], { k, phase } = describe(position);
+  const position = POSITIONS[at],
+    { k, phase } = describe(position);
   slider.value = at;
   slider.setAttribute("aria-valuetext", `${k}, ${phase}`);
   byId("readout").replaceChildren(element("b", {}, k), phase);
