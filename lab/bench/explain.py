@@ -2,9 +2,10 @@
 
     python -m lab.bench.explain [--repeats 7] [--steps 50] [--folder PATH]
 
-Both sides run alternately, each in a fresh process, on the embedded checkpoint or the one in --folder: castle.png mixed with
-"a strawberry". Reported are the time of the steps alone, the time from the process's start to the end (loading, and with
-the trace writing it), the peak resident memory, and the ratios of both sides' runs in pairs: median, smallest, largest.
+Both sides run alternately, each in a fresh process, on the embedded checkpoint or the one in --folder: castle.png mixed
+with "a strawberry". Reported are the time of the steps alone, the time from the process's start to the end (loading,
+and with the trace writing it), the peak resident memory, and the ratios of both sides' runs in pairs: median, smallest
+and largest.
 """
 
 import argparse

@@ -19,7 +19,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 def take(page: Path, k: int, size: tuple[int, int]) -> Image.Image:
-    """The top of a page at step k of the mix, in a window of (width, height). Raises FileNotFoundError or ValueError."""
+    """The top of a page at step k of the mix, in a window of `size` = (width, height). Raises FileNotFoundError or
+    ValueError."""
     pictures.must_be_file(page, "page", "make page writes one")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:

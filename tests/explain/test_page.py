@@ -217,8 +217,9 @@ def test_pictures_are_the_decoded_trace(open_page, here, models):
         expected = {name: trace.get(stop, name) for name in ("x", "x_content", "x0", "layout")}
         for half in ("uncond", "cond"):
             expected[half] = (before - (1 - a) ** 0.5 * trace.get(stop, f"e_{half}")) / a**0.5
-        for name, selector in (("x", ".x"), ("x_content", ".x-content"), ("layout", ".row .layout"), ("x0", ".expected"),
-                               ("x0", ".guided"), ("uncond", ".uncond"), ("cond", ".cond")):  # fmt: skip
+        for name, selector in (("x", ".x"), ("x_content", ".x-content"), ("layout", ".row .layout"),
+                               ("x0", ".expected"), ("x0", ".guided"), ("uncond", ".uncond"),
+                               ("cond", ".cond")):  # fmt: skip
             if expected[name] is None:  # below K_min
                 assert "no layout is mixed in any more" in tab.inner_text(f"{selector} .empty")
                 continue
@@ -290,7 +291,8 @@ def heat_of(tab, word, kind="word"):
     """How warm (above 0) or cool each pixel of a word's map is: red minus blue, where the picture below is grey."""
     return np.array(tab.evaluate(
         """([word, kind]) => {
-            const canvas = [...document.querySelectorAll("#maps canvas")].find((c) => c.dataset.word === word && c.dataset.kind === kind);
+            const canvas = [...document.querySelectorAll("#maps canvas")]
+              .find((c) => c.dataset.word === word && c.dataset.kind === kind);
             const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
             return Array.from({length: canvas.height}, (_, i) => Array.from({length: canvas.width},
               (_, j) => data[4 * (i * canvas.width + j)] - data[4 * (i * canvas.width + j) + 2]));
@@ -304,8 +306,8 @@ def choose(tab, **choices):
 
 
 def same_place(heat, m):
-    """The correlation of a drawn map with a trace's (H, W), and whether it is warmest where the trace's is within 3 % of
-    its highest."""
+    """The correlation of a drawn map with a trace's (H, W), and whether it is warmest where the trace's is within 3 %
+    of its highest."""
     cell = heat.shape[0] // m.shape[0], heat.shape[1] // m.shape[1]
     middle = heat[cell[0] // 2 :: cell[0], cell[1] // 2 :: cell[1]]
     return np.corrcoef(middle.ravel(), m.numpy().ravel())[0, 1], m.flatten()[middle.argmax()] >= 0.97 * m.max()
@@ -381,7 +383,7 @@ def test_two_traces(open_page, here, models):
     assert "nu" in tab.inner_text("#options tr.differs >> nth=1")
 
 
-# ------------------------------------------------------------------------------------------------------ whoever reads it
+# ----------------------------------------------------------------------------------------------------- whoever reads it
 
 
 @needs_chromium
