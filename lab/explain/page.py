@@ -29,9 +29,10 @@ from weights import Checkpoint
 
 TEMPLATES = Path(__file__).parent / "page"
 SCRIPTS = ("dom.js", "data.js", "pictures.js", "source.js", "equations.js", "words.js", "transport.js", "main.js")
-# 50 steps at 512 px have some 300 pictures, of noise for the most part, which compresses badly.
-LARGEST = 320  # pixels of a picture's longer side
-QUALITY = 92  # of JPEG, with colour at full size: decoded noise is colourful
+# 50 steps at 512 px have some 340 pictures. Were all of them decoded noise, which compresses badly, they would take 23 MB.
+LARGEST = 288  # pixels of a picture's longer side
+WHOLE = dict(quality=92, subsampling=0)  # of JPEG: a picture as it is, with colour at full size
+SHRUNK = dict(quality=85, subsampling=2)  # one that was scaled down to LARGEST
 LARGEST_MAP = 32  # cells of a word map's longer side; the largest maps of Stable Diffusion have 64
 
 HALVES = ("cond", "uncond")
@@ -145,7 +146,8 @@ def jpeg(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     small = picture.copy()
     small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)  # makes no picture larger
-    small.save(file, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
+    # Not `optimize`: Pillow then guesses a buffer, which decoded noise overflows.
+    small.save(file, "JPEG", **(WHOLE if small.size == picture.size else SHRUNK))
     return file.getvalue()
 
 

@@ -160,6 +160,9 @@ def test_slider_keys_and_buttons(open_page):
     tab.focus("#slider")
     tab.keyboard.press("ArrowRight")  # once, though both the slider and the page know this key
     assert k_of(tab) == 28
+    tab.focus("input[name=steps][value=this]")
+    tab.keyboard.press("ArrowRight")  # chooses among the word maps, and leaves the step alone
+    assert k_of(tab) == 28 and tab.is_checked("input[name=steps][value=all]")
     tab.click("#marks button >> nth=1")
     assert k_of(tab) == 8 and "mixing" in tab.inner_text("#readout")
     tab.click("#marks button >> nth=0")
@@ -492,5 +495,7 @@ def test_large_maps_and_pictures_are_shrunk():
     m = torch.arange(64 * 48.0).reshape(1, 64, 48)
     assert torch.equal(pages.shrunk(m), m.unfold(1, 2, 2).unfold(2, 2, 2).mean(dim=(-1, -2)))
     assert pages.shrunk(m[:, :32, :7]).shape == (1, 32, 7)
-    assert Image.open(io.BytesIO(pages.jpeg(Image.new("RGB", (512, 768))))).size == (213, 320)
+    assert Image.open(io.BytesIO(pages.jpeg(Image.new("RGB", (512, 768))))).size == (192, 288)
     assert Image.open(io.BytesIO(pages.jpeg(Image.new("RGB", (128, 64))))).size == (128, 64)
+    noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3), dtype=np.uint8)
+    assert Image.open(io.BytesIO(pages.jpeg(Image.fromarray(noise)))).size == (288, 288)
