@@ -1,7 +1,7 @@
 """The page of a trace: one HTML file that needs nothing else, with every step's pictures, numbers and word maps.
 
-`build` decodes the latents, gathers all that the page shows as plain data, and fills page/page.html with it. The style
-and the scripts stand inside the file; its content security policy lets nothing else run and nothing be fetched.
+`build` decodes the latents, gathers all that the page shows as plain data, and fills template/page.html with it. The
+style and the scripts stand inside the file; its content security policy lets nothing else run and nothing be fetched.
 """
 
 import ast
@@ -27,9 +27,9 @@ from lab.explain.trace import Stop, Trace
 from scheduler import Schedule
 from weights import Checkpoint
 
-TEMPLATES = Path(__file__).parent / "page"
+TEMPLATES = Path(__file__).parent / "template"
 SCRIPTS = ("dom.js", "data.js", "pictures.js", "source.js", "equations.js", "words.js", "transport.js", "main.js")
-# 50 steps at 512 px have some 340 pictures. Were all of them decoded noise, which compresses badly, they would take 23 MB.
+# 50 steps at 512 px have some 340 pictures. Were all of them noise, which compresses badly, they would take 23 MB.
 LARGEST = 288  # pixels of a picture's longer side
 WHOLE = dict(quality=92, subsampling=0)  # of JPEG: a picture as it is, with colour at full size
 SHRUNK = dict(quality=85, subsampling=2)  # one that was scaled down to LARGEST
@@ -179,7 +179,10 @@ class Side:
             for name in names:
                 if tensors[f"{stop.name}/{name}"].shape != latents:
                     raise ValueError(f"{stop.name}/{name} is not of shape {tuple(latents)}")
-        for name in [name for name in tensors if "/maps/" in name]:
+        called = [stop for stop in self.trace.stops if stop.phase != "start"]
+        halves = [half for half in HALVES if called and f"{called[0].name}/e_{half}" in tensors]
+        needed = {f"{stop.name}/maps/{half}/{layer}" for stop in called for half in halves for layer in facts["layers"]}
+        for name in sorted(needed):
             shape = tensors[name].shape
             if len(shape) != 4 or shape[0] != latents[0] or shape[3] != length or not tensors[name].is_floating_point():
                 raise ValueError(f"{name} is not of shape ({latents[0]}, H, W, {length})")
@@ -285,9 +288,9 @@ class Side:
         """
         steps = [stop for stop in self.of_run(run) if stop.phase != "start"]
         layers = self.trace.facts["layers"]
-        halves = [half for half in HALVES if steps and self.trace.get(steps[0], f"maps/{half}/{layers[0]}") is not None]
-        if not halves:
+        if not steps or not layers:
             return None
+        halves = [half for half in HALVES if self.trace.get(steps[0], f"e_{half}") is not None]
         shown = [stop for stop in self.shown if stop.run == run and stop.phase != "start"]
         found = {}
         for half in halves:

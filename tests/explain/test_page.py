@@ -482,13 +482,53 @@ def test_nothing_but_the_file(here):
     assert "default-src 'none'; img-src data:; style-src 'sha256-" in outside
 
 
-def test_a_trace_without_maps_has_no_page(here, tmp_path, capsys):
+MAPS = "mix/003/maps/cond/mid_block.attentions.0.transformer_blocks.0.attn2"
+OF_ANOTHER = {"unet": "another"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, facts: tensors.pop("mix/003/e_cond"), "the trace lacks 'mix/003/e_cond'"),
+        (lambda tensors, facts: tensors.pop(MAPS), f"the trace lacks '{MAPS}'"),
+        (
+            lambda tensors, facts: tensors.update({MAPS: torch.ones(1, 2, 2, 3)}),
+            f"{MAPS} is not of shape (1, H, W, 32)",
+        ),
+        (lambda tensors, facts: tensors.update({"mix/003/x": torch.ones(2)}), "mix/003/x is not of shape (1, 4, 8, 8)"),
+        (lambda tensors, facts: facts["words"]["prompt"].append(["far", [99]]), "not within its 32 tokens"),
+        (lambda tensors, facts: facts.update(checkpoint=OF_ANOTHER), "was made with another checkpoint"),
+        (lambda tensors, facts: facts.update(T=5000), "steps 5000 is out of range"),
+    ],
+)
+def test_traces_that_no_page_can_be_made_of(here, tmp_path, capsys, change, message):
     with safe_open(here / "a.safetensors", "pt") as file:
-        facts = file.metadata()
-    tensors = {n: t for n, t in load_file(here / "a.safetensors").items() if n != "mix/003/e_cond"}
-    save_file(tensors, tmp_path / "less.safetensors", facts)
-    assert main(["--traces", str(tmp_path / "less.safetensors"), "--page", str(tmp_path / "p.html")]) == 2
-    assert "the trace lacks 'mix/003/e_cond'" in capsys.readouterr().err and not (tmp_path / "p.html").exists()
+        facts = json.loads(file.metadata()["magicmix"])
+    tensors = load_file(here / "a.safetensors")
+    change(tensors, facts)
+    save_file(tensors, tmp_path / "changed.safetensors", {"magicmix": json.dumps(facts)})
+    assert main(["--traces", str(tmp_path / "changed.safetensors"), "--page", str(tmp_path / "p.html"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "p.html").exists()
+
+
+def test_a_mix_without_a_step_has_a_page(tmp_path):
+    """K_max = 0: the result is the layout itself."""
+    shared = ["a frog", "--steps", "3", "--size", "64", "--k-max", "0", "--k-min", "0"]
+    explain(tmp_path, *shared, "--layout", LAYOUT, "--page", "image.html", "--trace", "t.safetensors")
+    explain(tmp_path, *shared, "--layout-prompt", "a car", "--page", "text.html")
+    assert [(s["run"], s["k"]) for s in data_of(tmp_path / "image.html")["sides"][0]["stops"]] == [("mix", 0)]
+    assert data_of(tmp_path / "text.html")["sides"][0]["stops"][-1]["k"] == 0
+
+
+@needs_chromium
+def test_a_page_without_a_step_works(here, open_page):
+    still = ["--steps", "3", "--size", "64", "--k-max", "0", "--k-min", "0"]
+    explain(here, "a frog", "--layout", LAYOUT, *still, "--page", "still.html")
+    tab = open_page("still")
+    assert k_of(tab) == 0 and tab.is_disabled("#next") and tab.is_disabled("#previous")
+    tab.keyboard.press(" ")
+    assert k_of(tab) == 0
 
 
 def test_large_maps_and_pictures_are_shrunk():
