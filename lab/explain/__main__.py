@@ -21,6 +21,7 @@ import torch
 
 import clip
 import weights
+from command import noise as noise_files
 from command import options, pictures, request
 from lab.explain import compare, page
 from lab.explain.trace import Recorder, Trace, read
@@ -126,10 +127,15 @@ def mix(asked: dict, own: dict) -> None:
         modules=own.get("modules"),
     )
     r.tell(*pictures.changes(r.layout, o.size))
+    for name in ("prompt", "layout_prompt", "negative"):
+        if unread := clip.cut_off(models.tokenizer, r[name] or ""):
+            r.tell(f"{name}: beyond {models.tokenizer.model_max_length} tokens, cut off: {machine.one_line(unread)}")
     steps = magicmix(models, r["prompt"], layout, noise=noise, **o.only(options.MIXING))
     total = o.K_max if r.layout else o.K_max + o.steps - o.K_min
     machine.follow(recorder.follow(steps), total, r["quiet"])
     trace = recorder.trace(**r.metadata(0, o, models))
+    if r["keep_noise"]:
+        noise_files.write(r["keep_noise"], noise.eps)
     for row, picture in enumerate(decode(models, trace.get(trace.stops[-1], "x").to(models.device))):
         pictures.save(picture, r.paths[row], r.metadata(row, o, models))
         r.tell(r.paths[row])

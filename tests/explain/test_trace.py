@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -311,6 +312,28 @@ def test_the_command(models, here, tmp_path):
         facts = json.loads(file.metadata()["magicmix"])
     assert facts["parameters"]["nu"] == 0.5 and facts["checkpoint"] == models.identity
     assert (facts["T"], facts["K_max"], facts["K_min"]) == (10, 6, 2) and facts["versions"]["torch"]
+
+
+def test_every_option_of_magicmix(tmp_path, capsys):
+    """The same pictures, lines and files as magicmix.py makes, for options of each kind; --again too."""
+    import magicmix as module
+
+    fast = ["--layout-prompt", "a car " * 40, "--steps", "4", "--size", "64x72", "--count", "2", "--seed", "5"]
+    more = ["--sampler", "ddpm", "--negative", "a dog", "--keep-noise", "eps.npy", "--dtype", "bf16"]
+    made = []
+    for folder, command, own in (("plain", module.main, []), ("traced", main, ["--trace", "t.safetensors"])):
+        (tmp_path / folder).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path / folder)
+            assert command(["a strawberry", *fast, *more, *own]) == 0
+            lines = [line for line in capsys.readouterr().out.splitlines() if line != "t.safetensors"]
+            assert command(["--again", "mix-6.png", "-o", "again.png", "--quiet", *own]) == 0
+            capsys.readouterr()
+            made.append(
+                (lines, {p.name: p.read_bytes() for p in sorted(Path().iterdir()) if p.suffix != ".safetensors"})
+            )
+    assert made[0] == made[1] and "cut off" in made[0][0][0]
+    assert sorted(made[0][1]) == ["again.png", "eps.npy", "mix-5.png", "mix-6.png"]
 
 
 @pytest.mark.parametrize("layout", [["--layout", LAYOUT], ["--layout-prompt", "a car"]])
