@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -425,7 +425,7 @@ EXAMPLES = """examples:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"magicmix: {one_line(message)}\n")  # without the usage
+        self.exit(2, f"{self.prog.removesuffix('.py')}: {one_line(message)}\n")  # without the usage
 
     def print_help(self, file=None):
         if code := run("magicmix", lambda: print(self.format_help(), end="")):  # argparse hides a full disk
@@ -439,7 +439,14 @@ class ShowVersions(argparse.Action):
         parser.exit(run("magicmix", lambda: print("\n".join(self.const()))))
 
 
-def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
+def parse(
+    argv: Sequence[str],
+    description: str,
+    embedded: dict,
+    program: str = "magicmix.py",
+    add: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    examples: str = EXAMPLES,
+) -> dict:
     """The options that were given, by name; those that were not are absent. Ends the process with exit code 2 and one
     line for what cannot be parsed.
 
@@ -447,10 +454,13 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
         argv: without the program's name.
         description: of the command, for --help.
         embedded: the embedded checkpoint's own defaults, for --help.
+        program: the command, which has all options of magicmix.py.
+        add: adds its own ones to the parser.
+        examples: for --help.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
-        "magicmix.py", description=description, epilog=EXAMPLES, formatter_class=raw, argument_default=argparse.SUPPRESS
+        program, description=description, epilog=examples, formatter_class=raw, argument_default=argparse.SUPPRESS
     )
     parser.add_argument(
         "--version", action=ShowVersions, nargs=0, const=version_lines, help="show the versions and end"
@@ -465,11 +475,13 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
             action = "append" if kind.is_repeated else "store"
             metavar = "|".join(kind.values) if isinstance(kind, Choice) else facts["metavar"]
             parser.add_argument(*flags(name), dest=name, type=kind.parse, action=action, metavar=metavar, help=text)
+    add(parser)
     parsed, unknown = parser.parse_known_args(argv)
     given = vars(parsed)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes(argv, given, unknown)}")
-    return {name: dict(value) if FACTS[name]["kind"].is_repeated else value for name, value in given.items()}
+    repeated = [name for name in given if name in FACTS and FACTS[name]["kind"].is_repeated]
+    return given | {name: dict(given[name]) for name in repeated}
 
 
 def quotes(argv: Sequence[str], given: dict, unknown: list[str]) -> str:

@@ -99,6 +99,15 @@ def run(side: str, folder: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def show(pairs: list[tuple[dict, dict]], sides: tuple[str, str]) -> None:
+    """Prints both sides' medians, and the median, the smallest and the largest of the pairs' ratios."""
+    print(f"{'':24}{sides[0]:>11}{sides[1]:>11}{'ratio':>8}   smallest .. largest")
+    for name in pairs[0][0]:
+        medians = "".join(f"{statistics.median(p[side][name] for p in pairs):11.2f}" for side in (0, 1))
+        ratios = sorted(a[name] / b[name] for a, b in pairs)
+        print(f"{name:24}{medians}{statistics.median(ratios):8.2f}   {ratios[0]:.2f} .. {ratios[-1]:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -110,12 +119,7 @@ def main() -> None:
             write_checkpoint(folder)
         run(OURS, folder), run(THEIRS, folder)  # both once, uncounted: the files are in the page cache afterwards
         pairs = [(run(OURS, folder), run(THEIRS, folder)) for _ in range(args.repeats)]
-    print(f"{'':24}{'ours':>9}{'diffusers':>11}{'ratio':>8}   smallest .. largest")
-    for name in pairs[0][0]:
-        ours, theirs = (statistics.median(p[side][name] for p in pairs) for side in (0, 1))
-        ratios = sorted(a[name] / b[name] for a, b in pairs)
-        spread = f"{statistics.median(ratios):8.2f}   {ratios[0]:.2f} .. {ratios[-1]:.2f}"
-        print(f"{name:24}{ours:9.2f}{theirs:11.2f}{spread}")
+    show(pairs, ("ours", "diffusers"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Takes the README's picture of the page, in Chromium.
+
+python -m lab.explain.screenshot page.html [--output docs/explain.png] [--k 18] [--width 1280] [--height 1190]
+"""
+
+import argparse
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from command import machine, pictures
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run"]  # fmt: skip
+
+
+def take(page: Path, k: int, size: tuple[int, int]) -> Image.Image:
+    """The top of a page at step k of the mix, in a window of `size` = (width, height). Raises FileNotFoundError or
+    ValueError."""
+    pictures.must_be_file(page, "page", "make page writes one")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        raise FileNotFoundError("no Chromium is installed; install Debian's package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        tab = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        tab.goto(page.resolve().as_uri())
+        tab.wait_for_selector("#maps canvas")
+        tab.keyboard.press("Home")
+        while tab.inner_text("#readout b") != f"k = {k}":
+            if tab.is_disabled("#next"):
+                raise ValueError(f"k {k} is no step of this page")
+            tab.click("#next")
+        content = tab.screenshot()
+        browser.close()
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[2] / "docs" / "explain.png")
+    parser.add_argument("--k", type=int, default=18)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=1190)
+    args = parser.parse_args()
+
+    def work() -> None:
+        picture = take(args.page, args.k, (args.width, args.height)).quantize(256, dither=Image.Dither.NONE)
+        pictures.replace(args.output, "output", lambda file: picture.save(file, "PNG", optimize=True))
+        print(args.output)
+
+    return machine.run("lab.explain.screenshot", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
