@@ -98,3 +98,17 @@ def test_the_readme_names_files_that_exist():
         prose = re.sub(r"`[^`]*`", "", page.read_text())  # code may look like a link
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", prose):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def prose(path):
+    """The lines of a Markdown file that are neither code nor a row of a table."""
+    is_code = False
+    for line in path.read_text().splitlines():
+        is_code ^= line.startswith("```")
+        if not is_code and not line.startswith(("|", "#", "!")):
+            yield line
+
+
+def test_prose_has_lines_that_fit():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "weights" / "tiny" / "README.md"]:
+        assert [line for line in prose(page) if len(line) > 120] == [], page
