@@ -451,3 +451,11 @@ def test_the_tokenizer_is_clips(models):
         assert models.tokenizer(text).input_ids[1:-1] == found
     for text in ("Crème brûlée 3d!", "日本語 🐯", ""):
         assert models.tokenizer.unk_token_id not in models.tokenizer(text).input_ids[1:-1], "bytes cover everything"
+
+
+def test_the_token_of_a_textual_inversion_is_a_word():
+    """It has no mark of a word's end, and the word after it begins all the same."""
+    tokenizer = weights.load_tokenizer(None)
+    tokenizer.add_tokens(["<cat-toy>"])
+    chosen = lambda word: clip.token_weights(tokenizer, "a <cat-toy> tiger", {word: 0.0}).eq(0).nonzero().flatten()
+    assert chosen("tiger").tolist() == [3] and chosen("<cat-toy>").tolist() == [2]

@@ -45,9 +45,10 @@ def words_of(tokenizer, text: str) -> list[tuple[str, list[int]]]:
     Position 0 is the start token. The end token and the padding follow the last word.
     """
     ids = tokenizer(text, max_length=tokenizer.model_max_length, truncation=True).input_ids[1:-1]  # no start, no end
+    added = tokenizer.get_added_vocab()  # each a word of its own, as in clip.token_weights
     words, begin = [], 0
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
-        if token.endswith("</w>") or i == len(ids) - 1:  # a word that is cut off has no end
+        if token.endswith("</w>") or token in added or i == len(ids) - 1:  # a word that is cut off has no end
             words.append((tokenizer.decode(ids[begin : i + 1]).strip(), list(range(1 + begin, 2 + i))))
             begin = i + 1
     return words

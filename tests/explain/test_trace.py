@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import UNETS
 
 import attention
+import weights
 from command import options
 from command.pictures import fit, open_layout
 from lab.explain.__main__ import main
@@ -188,6 +189,12 @@ def test_words(models, text, words):
     count = len(models.tokenizer(text).input_ids) - 2
     assert [place for _, places in found for place in places] == list(range(1, count + 1))
     assert count > len(words) or "anti" not in text
+
+
+def test_the_token_of_a_textual_inversion_is_a_word():
+    tokenizer = weights.load_tokenizer(None)
+    tokenizer.add_tokens(["<cat-toy>"])
+    assert words_of(tokenizer, "a <cat-toy> tiger") == [("a", [1]), ("<cat-toy>", [2]), ("tiger", [3])]
 
 
 @pytest.mark.parametrize("before", range(5))  # so that one of them is cut off in the middle of a word
