@@ -145,7 +145,7 @@ WRONG = [  # the place, what stands there, the error, what it says
     ("seeds", 1.5, TypeError, "seeds is 1.5; give a whole number, or a list or range of them"),
     ("seeds", True, ValueError, "seed True is no whole number"),
     ("seeds", "12", ValueError, "seed '1' is no whole number"),
-    ("seeds", [], ValueError, "count 0 is out of range; use 1 to 999"),
+    ("seeds", [], ValueError, "count 0 is out of range; use 1 to 1000"),
     ("size", 20, ValueError, "size 20x20 does not fit; both sides must be multiples of 8"),
     ("size", True, ValueError, "size True is no pair of whole numbers"),
     ("size", "64x64", ValueError, "size '64x64' is no pair of whole numbers"),
