@@ -155,8 +155,8 @@ def table(results: dict[int, tuple[str, float]], seconds: float) -> str:
     lines = [
         "# Mutants",
         "",
-        f"`make mutants` put {len(results)} single mistakes into the code, one at a time; `make check` found {found} of "
-        f"them. {seconds / 60:.0f} minutes on two cores. The last column is the first test that failed.",
+        f"`make mutants` put {len(results)} single mistakes into the code, one at a time; `make check` found {found}.",
+        f"{seconds / 60:.0f} minutes on two cores. The last column is the first test that failed.",
         "",
         "| file | what stood there | the mistake | found by |",
         "|---|---|---|---|",
