@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import TINY, relative_error
 
-from lab.bench import page, speed
+from lab.bench import decoding, growth, page, speed
 
 SMALL = "--shape embedded --device cpu --pairs 2 --steps 4 --step 64 40 --decode 32 --mix 32".split()
 WORKS = ["UNet step, batch 2, 64 px", "UNet step, batch 2, 40 px", "decoding, 32 px", "text, 2 prompts",
@@ -63,3 +63,43 @@ def test_a_page_gets_a_new_section_at_its_end(tmp_path):
         path.read_text()
         == "# One\n\n<!-- a -->\nthird \\1\n<!-- end of a -->\n\n<!-- b -->\nsecond\n<!-- end of b -->\n"
     )
+
+
+def test_growth(tmp_path, monkeypatch):
+    """The cases, each once; where the numbers go; the same plot for the same numbers."""
+    asked = []
+    monkeypatch.setattr(growth, "point", lambda *case: asked.append(case) or (len(asked), 1.5))
+    path, plots = tmp_path / "measured.md", [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for plot in plots:
+        asked.clear()
+        path.write_text("# Above\n")
+        growth.main(f"--dtype float32 --sizes 32 48 --counts 1 2 --count-size 32 --folder {TINY} --plot {plot} "
+                    f"--page {path}".split())  # fmt: skip
+    cases = [(32, 1), (48, 1), (32, 2)]
+    sides = ["here", "diffusers"]
+    warm = [(side, TINY, "float32", 32, 1) for side in sides]
+    assert asked == warm + [(side, TINY, "float32", *case) for case in cases for side in sides]
+    rows = path.read_text().splitlines()[7:10]
+    times = [(3, 4), (5, 6), (7, 8)]
+    for row, (size, count), (here, there) in zip(rows, cases, times, strict=True):
+        assert row == (f"| {size} x {size} | {count} | {here}.0 s | {there}.0 s | {here / there:.2f} "
+                       "| 1.5 GB | 1.5 GB | 1.00 |")  # fmt: skip
+    assert "(b.svg)" in path.read_text()
+    assert plots[0].read_bytes() == plots[1].read_bytes() and b"<svg" in plots[0].read_bytes()
+
+
+@pytest.mark.parametrize("side", growth.SIDES)
+def test_growth_of_each_side(side):
+    """Two pictures in a process of its own, which checks their sizes."""
+    time, memory = growth.point(side, TINY, "float32", 40, 2)
+    assert time > 0 and 0.1 < memory < 4
+
+
+def test_decoding(tmp_path):
+    """The sides agree, as the command itself asserts, and the table is where it belongs."""
+    path = tmp_path / "measured.md"
+    path.write_text("# Above\n")
+    decoding.main(f"--sizes 40 --folder {TINY / 'vae'} --page {path}".split())
+    *_, row, end = path.read_text().splitlines()
+    assert row.startswith("| 40 x 40 | ") and end == "<!-- end of decoding -->"
+    assert re.fullmatch(r"\| 40 x 40( \| \d\.\d\d GB( \(\d\.\d\d\))?){3}( \| \d+\.\d\d s( \(\d+\.\d\d\))?){3} \|", row)

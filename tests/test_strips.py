@@ -5,6 +5,7 @@ import torch
 from conftest import relative_error
 from test_parity import VAES, vae_pair
 
+from vae import AutoencoderKL, VAEConfig
 from weights import strips
 
 BOUND = 1e-5
@@ -31,6 +32,17 @@ def test_strips_are_the_plain_decoder(kind, size, values, monkeypatch):
     assert relative_error(found, plain.decode(x)) <= BOUND
     assert relative_error(found, oracle.decode(x / VAES[kind]["scaling_factor"]).sample) <= BOUND
     assert torch.equal(x, before)
+
+
+@torch.no_grad()
+def test_a_level_with_more_channels_than_the_one_before(monkeypatch):
+    """No public model has one; a resnet's result then does not fit over its input."""
+    monkeypatch.setattr(strips, "LARGE", 0)
+    monkeypatch.setattr(strips, "VALUES", 900)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    plain = AutoencoderKL(VAEConfig(block_out_channels=(48, 16, 32), norm_num_groups=8, **blocks)).eval()
+    x = torch.randn(2, 4, 7, 5, generator=torch.Generator().manual_seed(4))
+    assert relative_error(in_strips(plain).decode(x), plain.decode(x)) <= BOUND
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ def decoding_bytes(vae: strips.AutoencoderKL, latent_size: tuple[int, int], coun
     times the latent's. There the first resnet of the decoder's last level holds x, its norm and the activation, three
     feature maps of the channels of the level before; a later one holds such an x and three of its own channels. The
     larger of the two is counted. In strips (weights/strips.py) the first holds x, what its first convolution makes of
-    it and, where the channels change, what the shortcut does; it holds them of one picture at a time. The convolutions'
+    it; of one picture at a time. The convolutions'
     own buffers are not counted, and attention is taken to be fused, without N x N maps: measured peaks are 1.2 to 2
     times this bound.
     """
@@ -20,7 +20,7 @@ def decoding_bytes(vae: strips.AutoencoderKL, latent_size: tuple[int, int], coun
     pixels = f * height * f * width
     if count * pixels > strips.LARGE:
         pictures = 2 * count * vae.config.out_channels  # one by one, and joined in a batch
-        values = max(before + own * (1 if own == before else 2), pictures)
+        values = max(before + own, pictures)
     else:
         values = count * max(3 * before, before + 3 * own)
     return values * pixels * size

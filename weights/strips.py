@@ -53,13 +53,15 @@ def decode(decoder: vae.Decoder, z: Tensor) -> Tensor:
 
 
 def resnet(block: vae.ResnetBlock2D, x: Tensor) -> Tensor:
-    """(B, C_in, H, W) -> (B, C_out, H, W); x is written over where both are of one shape."""
+    """(B, C_in, H, W) -> (B, C_out, H, W), which is written over x where it has no more channels."""
     y = joined(activated(block.norm1, block.conv1, x), x)
-    if not isinstance(block.conv_shortcut, nn.Identity):
-        x = joined(block.conv_shortcut, x)
+    c_out = y.shape[1]
+    out = x[:, :c_out] if c_out <= x.shape[1] else torch.empty_like(y)
+    for rows, strip in strips(block.conv_shortcut, x):  # 1 x 1: it needs no row that was written over before
+        out[:, :, rows] = strip
     for rows, strip in strips(activated(block.norm2, block.conv2, y), y):
-        x[:, :, rows] += strip
-    return x
+        out[:, :, rows] += strip
+    return out
 
 
 def activated(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Callable[[Tensor], Tensor]:
