@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of the whole mix")
     parser.add_argument("--step", type=int, nargs="+", default=[256, 512], help="pixels of a side in a UNet step")
     parser.add_argument("--decode", type=int, default=512, help="pixels of a side of the decoded picture")
-    parser.add_argument("--mix", type=int, default=128, help="pixels of a side of the whole mix")
+    parser.add_argument("--mix", type=int, default=64, help="pixels of a side of the whole mix")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="where the tables go")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="size ")  # of the mix: small on purpose
@@ -300,7 +300,8 @@ def main(argv: list[str] | None = None) -> None:
             rows = measure(weights_of_both, getattr(torch, dtype), args.device, variant, args)
             against += rows[0]
             own += rows[1]
-    page.write(args.page, f"speed: {args.shape}, {args.device.type}", section(against, own, args.device, args))
+            # what is there so far: the whole takes long
+            page.write(args.page, f"speed: {args.shape}, {args.device.type}", section(against, own, args.device, args))
 
 
 if __name__ == "__main__":
