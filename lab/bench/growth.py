@@ -4,9 +4,9 @@
 
 Each point is a process of its own, on an SD 1.5 shaped checkpoint with random weights, written in the dtype that is
 computed in (into --folder, kept if that is given): load, text to image in one step with guidance, decode. The time is
-that of step and decoding, without loading; the memory is the process's peak (VmHWM, mapped file pages included). The
-pictures of a point are one batch on both sides. --sizes are pixels of a side, for one picture; --counts are numbers of
-pictures of --count-size pixels.
+the processor's for step and decoding, of all threads together; the memory is the process's peak (VmHWM, mapped file
+pages included). The pictures of a point are one batch on both sides. --sizes are pixels of a side, for one picture;
+--counts are numbers of pictures of --count-size pixels.
 
 Writes a plot, docs/growth.svg (--plot), and its numbers into docs/measured.md (--page). Every point is measured once.
 """
@@ -36,7 +36,7 @@ OURS = """
 import weights
 from magicmix import decode, text_to_image
 models = weights.load(FOLDER, dtype=DTYPE, vae_dtype=DTYPE, free_after_use=True)  # as the command loads
-began = time.perf_counter()
+began = time.process_time()
 *_, last = text_to_image(models, "a corgi", seeds=range(COUNT), size=(SIZE, SIZE), steps=1, guidance=7.5)
 pictures = decode(models, last.x)
 """
@@ -46,20 +46,20 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=DTYPE, safety_checker=None)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
-began = time.perf_counter()
+began = time.process_time()
 pictures = pipe("a corgi", num_inference_steps=1, guidance_scale=7.5, num_images_per_prompt=COUNT, height=SIZE,
                 width=SIZE).images
 """
 
 END = """
-seconds = time.perf_counter() - began
+seconds = time.process_time() - began
 assert [picture.size for picture in pictures] == [(SIZE, SIZE)] * COUNT
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print(json.dumps([seconds, peak / 1e6]))
 """
 
 SIDES = {"here": OURS, "diffusers": THEIRS}
-QUANTITIES = ("seconds", "peak memory, GB")
+QUANTITIES = ("processor seconds", "peak memory, GB")
 
 
 def point(side: str, folder: Path, dtype: str, size: int, count: int) -> tuple[float, float]:
@@ -112,9 +112,8 @@ def plot(path: Path, points: dict, sizes: list[int], counts: list[int], count_si
 
 
 def main(argv: list[str] | None = None) -> None:
-    has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16" if has_bfloat16 else "float32")
+    parser.add_argument("--dtype", default="bfloat16" if page.bfloat16_units() else "float32")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--count-size", type=int, default=256)
@@ -131,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
             point(side, folder, args.dtype, args.sizes[0], 1)
         points = measure(folder, args.dtype, list(cases))
     plot(args.plot, points, args.sizes, args.counts, args.count_size)
-    head = f"{page.machine(torch.device('cpu'))}; {args.dtype}; every point once, in a process of its own."
+    measured_on = f"{page.machine(torch.device('cpu'))}; {args.dtype}; processor time of all threads"
+    head = f"{measured_on}. Every point once, in a process of its own."
     table = [
         "| size | pictures | here | diffusers | ratio | here | diffusers | ratio |",
         "|---|---|---|---|---|---|---|---|",

@@ -17,12 +17,16 @@ def write(page: Path, key: str, text: str) -> None:
     page.write_text(new, encoding="utf-8")
 
 
+def bfloat16_units() -> list[str]:
+    """What this CPU has to compute in bfloat16 itself; without, it is emulated."""
+    units = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512-BF16": torch.cpu._is_avx512_bf16_supported()}
+    return [name for name, is_there in units.items() if is_there]
+
+
 def machine(device: torch.device) -> str:
     """What was measured on, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    cores = torch.get_num_threads()
-    extensions = [name for name, has in (("AMX", torch.cpu._is_amx_tile_supported()),
-                                         ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported())) if has]  # fmt: skip
-    kind = " with ".join(filter(None, [torch.backends.cpu.get_cpu_capability(), " and ".join(extensions)]))
-    return f"CPU ({kind}), {cores} thread{'s' * (cores > 1)}, torch {torch.__version__}"
+    units = ", ".join([torch.backends.cpu.get_cpu_capability(), *bfloat16_units()])
+    threads = torch.get_num_threads()
+    return f"CPU with {units}; {threads} thread{'s' * (threads > 1)}; torch {torch.__version__}"

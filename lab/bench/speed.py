@@ -9,9 +9,10 @@ them: here through weights.fill, there by load_state_dict.
 
 Each work is done once by each side, uncounted, then in pairs, of which either side begins every other one. Reported are
 the median seconds, the median ratio of the pairs with the smallest and the largest, and how far the two results are
-apart: the largest difference over the largest value. On CUDA the clock waits for the device, and beside the networks as
-they are (eager) both sides are also measured in channels-last, compiled, and compiled with CUDA graphs. A second table
-has what this project's own choices cost: token weights against none, guidance 1 against two halves.
+apart: the largest difference over the largest value. On a CPU the seconds are those of the processor, of all threads
+together, so that other work on the machine enters less. On CUDA the clock waits for the device, and beside the networks
+as they are (eager) both sides are also measured in channels-last, compiled, and compiled with CUDA graphs. A second
+table has what this project's own choices cost: token weights against none, guidance 1 against two halves.
 
 The tables are written into docs/measured.md (--page), in place of what the same kind of device and the same shapes gave
 before.
@@ -156,10 +157,11 @@ class Theirs:
 
 
 def prepare(networks: dict[str, torch.nn.Module], variant: str) -> None:
-    """Puts the networks into the variant; of the VAE's methods the inner networks."""
+    """Puts the networks into the variant, the VAE by its two halves. The text encoder is not made a CUDA graph: its
+    states are used in every step, and what a graph returns lasts until the next one runs."""
     change = VARIANTS[variant]
-    for part in ("text_encoder", "unet"):
-        networks[part] = change(networks[part])
+    networks["unet"] = change(networks["unet"])
+    networks["text_encoder"] = VARIANTS["compiled" if variant == "CUDA graphs" else variant](networks["text_encoder"])
     for half in ("encoder", "decoder"):
         setattr(networks["vae"], half, change(getattr(networks["vae"], half)))
 
@@ -187,12 +189,15 @@ def duration(seconds: float) -> str:
 
 
 def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Of the clock on CUDA, of the process on a CPU."""
+    if device.type == "cpu":
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    torch.cuda.synchronize(device)
     began = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 
@@ -240,7 +245,7 @@ def measure(
         against.append(compare((name, variant, work), here, there, args.pairs, device))
     if variant != "eager":
         return against, []
-    x, s = xs[args.step[-1]], clip.token_weights(source.tokenizer, PROMPT, {WORD: 0.5}).expand(2, -1).to(device)
+    x, s = xs[args.step[0]], clip.token_weights(source.tokenizer, PROMPT, {WORD: 0.5}).expand(2, -1).to(device)
     both = partial(ours.step, x, t, context)
     choices = {
         ("token weights", "none"): partial(ours.step, x, t, context, s),
@@ -254,16 +259,17 @@ def measure(
 
 
 def section(against: list[Row], own: list[Row], device: torch.device, args) -> str:
+    clock = "processor time of all threads" if device.type == "cpu" else "time by the clock"
     shapes = "SD 1.5's shapes, random weights" if args.shape == "sd15" else "the embedded checkpoint"
     return "\n".join([
-        f"{page.machine(device)}; {shapes}; medians of {args.pairs} pairs. The ratio is the median of the pairs', with "
-        "the smallest and the largest; the difference is the largest of the results' over the largest value.",
+        f"{page.machine(device)}; {shapes}; {clock}, medians of {args.pairs} pairs. The ratio is the median of the "
+        "pairs', with the smallest and the largest; the difference is that of the results over the largest value.",
         "",
         "| dtype | networks | work | here | diffusers | ratio | difference |",
         "|---|---|---|---|---|---|---|",
         *(row.text(with_difference=True) for row in against),
         "",
-        f"This project against itself, one UNet step at {args.step[-1]} px:",
+        f"This project against itself, one UNet step at {args.step[0]} px:",
         "",
         "| dtype | with | against | with | against | ratio |",
         "|---|---|---|---|---|---|",
@@ -275,8 +281,7 @@ def dtypes_of(device: torch.device) -> list[str]:
     """float32, and what the device computes natively of the half precisions."""
     if device.type == "cuda":
         return ["float32", "float16", *["bfloat16"] * torch.cuda.is_bf16_supported()]
-    has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return ["float32", *["bfloat16"] * has_bfloat16]
+    return ["float32", *["bfloat16"] * bool(page.bfloat16_units())]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -288,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=50, help="of the whole mix")
     parser.add_argument("--step", type=int, nargs="+", default=[256, 512], help="pixels of a side in a UNet step")
-    parser.add_argument("--decode", type=int, default=512, help="pixels of a side of the decoded picture")
+    parser.add_argument("--decode", type=int, default=256, help="pixels of a side of the decoded picture")
     parser.add_argument("--mix", type=int, default=64, help="pixels of a side of the whole mix")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="where the tables go")
     args = parser.parse_args(argv)
@@ -300,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = measure(weights_of_both, getattr(torch, dtype), args.device, variant, args)
             against += rows[0]
             own += rows[1]
-            # what is there so far: the whole takes long
+            # What is there so far, as the whole takes long.
             page.write(args.page, f"speed: {args.shape}, {args.device.type}", section(against, own, args.device, args))
 
 
