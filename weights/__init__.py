@@ -207,12 +207,10 @@ def fill(network: nn.Module, tensors: dict[str, Tensor], where: str, dtype: torc
 
 
 def placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor itself where it has this dtype and lies on this device: it stays mapped. Else a copy, in half
-    precision with the channels last in memory: convolutions keep that order, and are faster in it (docs/measured.md).
-    """
-    if tensor.dtype == dtype and tensor.device == device:
-        return tensor
-    is_kernel = tensor.ndim == 4  # a convolution's: (C_out, C_in, height, width)
+    """A tensor as the network gets it: itself where it has this dtype and lies on this device, and so stays mapped. But
+    a convolution's weight in half precision is copied with its channels last in memory: the feature maps take that
+    order over, and convolutions are faster in it (docs/measured.md)."""
+    is_kernel = tensor.ndim == 4  # (C_out, C_in, height, width)
     order = torch.channels_last if is_kernel and dtype != torch.float32 else torch.preserve_format
     return tensor.to(device, dtype, memory_format=order)
 

@@ -66,21 +66,30 @@ def resnet(block: vae.ResnetBlock2D, x: Tensor) -> Tensor:
 
 def activated(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Strips of x -> conv(silu(norm)) of them, with the norm's statistics over the whole of x."""
-    mean, var = moments(x, norm.num_groups)  # (B, groups)
+    mean, var = moments(x, norm.num_groups, norm.eps)  # (B, groups)
     of_channel = lambda v: v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)[:, :, None, None]  # (B, C, 1, 1)
-    scale = norm.weight[:, None, None] / of_channel(var + norm.eps) ** 0.5
+    scale = norm.weight[:, None, None] / of_channel(var) ** 0.5
     shift = norm.bias[:, None, None] - of_channel(mean) * scale
     return lambda strip: conv(F.silu(torch.addcmul(shift, strip, scale).to(x.dtype), inplace=True))
 
 
-def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of channels: (B, C, H, W) -> (B, groups) twice, float32."""
-    x = x.unflatten(1, (groups, -1))  # (B, groups, C / groups, H, W)
-    within, count = (2, 3, 4), x[0, 0].numel()
-    mean = x.mean(within, keepdim=True, dtype=torch.float32)
-    # From the differences, as E[x^2] - mean^2 would round; row by row, as all differences at once are a map more.
-    var = sum((rows - mean).square().sum(within) for rows in x.split(step(x), dim=3)) / count
-    return mean.flatten(1), var
+def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Of each group of channels the mean, and the variance plus eps: (B, C, H, W) -> (B, groups) twice, float32."""
+    batch, channels, height, width = x.shape
+    shares, means, variances = [], [], []
+    for rows in x.split(step(x), dim=2):
+        # torch's norm, for the moments that it returns beside its result: it is fast in either order of the memory.
+        size, dense = (
+            rows.shape[2] * width,
+            rows.to(torch.float32, copy=True),
+        )  # a copy has no gaps, which the norm asks
+        _, mean, scale = torch.native_group_norm(dense, None, None, batch, channels, size, groups, eps)
+        shares.append(rows.shape[2] / height)
+        means.append(mean)
+        variances.append(scale**-2)  # scale is 1 / sqrt(variance + eps)
+    mean = sum(share * m for share, m in zip(shares, means))
+    # The variance within the strips, and that between them.
+    return mean, sum(share * (v + (m - mean) ** 2) for share, m, v in zip(shares, means, variances))
 
 
 def strips(layer: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -104,11 +113,14 @@ def step(x: Tensor) -> int:
 
 
 def joined(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layer(x) in strips, as one tensor."""
+    """layer(x) in strips, as one tensor, whose channels are last in memory where the strips' are."""
     out = None
     for rows, strip in strips(layer, x):
         if out is None:
             f = strip.shape[3] // x.shape[3]
-            out = strip.new_empty(strip.shape[0], strip.shape[1], f * x.shape[2], strip.shape[3])
+            is_last = strip.is_contiguous(memory_format=torch.channels_last)
+            order = torch.channels_last if is_last else torch.contiguous_format
+            shape = (*strip.shape[:2], f * x.shape[2], strip.shape[3])
+            out = torch.empty(shape, dtype=strip.dtype, device=strip.device, memory_format=order)
         out[:, :, rows] = strip
     return out
