@@ -304,3 +304,20 @@ def test_the_memory_goes_back(folder, tmp_path):
 
 def test_all_files_together_are_small():
     assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 25e6
+
+
+# ---------------------------------------------------------------------------------------------- the memory's order
+
+
+def test_convolutions_in_half_precision_have_their_channels_last(models):
+    """With the same names and values; in float32 they are as in the files, and so is all else."""
+    for dtype in (torch.float16, torch.bfloat16):
+        half, expected = weights.load(dtype=dtype).unet.state_dict(), models.unet.state_dict()
+        assert half.keys() == expected.keys()
+        for name, tensor in half.items():
+            assert torch.equal(tensor, expected[name].to(dtype))
+            assert expected[name].is_contiguous()
+            if tensor.ndim == 4 and tensor.shape[2] > 1:
+                assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+            else:
+                assert tensor.is_contiguous()

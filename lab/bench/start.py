@@ -74,7 +74,7 @@ report()
 """
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """The embedded checkpoint's files with SD 1.5's configs, vocabulary and sizes, and random weights."""
     configs = {"text_encoder": clip.CLIPTextConfig(), "unet": unet.UNetConfig(), "vae": vae.VAEConfig()}
     for part, config in configs.items():
@@ -83,7 +83,7 @@ def write_checkpoint(folder: Path) -> None:
         known_by = {"model_type": "clip_text_model"} if part == "text_encoder" else {"_class_name": network.__name__}
         (folder / part / "config.json").write_text(json.dumps(dataclasses.asdict(config) | known_by))
         torch.manual_seed(0)
-        state = {k: v.contiguous() for k, v in network(config).state_dict().items()}
+        state = {k: v.to(dtype).contiguous() for k, v in network(config).state_dict().items()}
         save_file(state, folder / part / f"{STEMS[part]}.safetensors", metadata={"format": "pt"})
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -1,0 +1,32 @@
+"""Writes what a benchmark measured into docs/measured.md, between two comments of its own."""
+
+import re
+from pathlib import Path
+
+import torch
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "measured.md"
+
+
+def write(page: Path, key: str, text: str) -> None:
+    """Replaces what stands between <!-- KEY --> and <!-- end of KEY -->, or appends it; all else stays as it is."""
+    begin, end = f"<!-- {key} -->", f"<!-- end of {key} -->"
+    block, old = f"{begin}\n{text.strip()}\n{end}", page.read_text(encoding="utf-8")
+    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", old, re.DOTALL)
+    new = old[: found.start()] + block + old[found.end() :] if found else f"{old.rstrip()}\n\n{block}\n"
+    page.write_text(new, encoding="utf-8")
+
+
+def bfloat16_units() -> list[str]:
+    """What this CPU has to compute in bfloat16 itself; without, it is emulated."""
+    units = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512-BF16": torch.cpu._is_avx512_bf16_supported()}
+    return [name for name, is_there in units.items() if is_there]
+
+
+def machine(device: torch.device) -> str:
+    """What was measured on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    units = ", ".join([torch.backends.cpu.get_cpu_capability(), *bfloat16_units()])
+    threads = torch.get_num_threads()
+    return f"CPU with {units}; {threads} thread{'s' * (threads > 1)}; torch {torch.__version__}"
