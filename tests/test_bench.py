@@ -20,7 +20,7 @@ def test_speed(tmp_path):
     path.write_text("# Above\n\n<!-- speed: embedded, cpu -->\nold\n<!-- end of speed: embedded, cpu -->\n\nbelow\n")
     speed.main([*SMALL, "--dtypes", *BOUNDS, "--variants", "eager", "channels-last", "--page", str(path)])
     text = path.read_text()
-    assert text.startswith("# Above\n\n<!-- speed: embedded, cpu -->\nCPU (") and "old" not in text
+    assert text.startswith("# Above\n\n<!-- speed: embedded, cpu -->\nCPU with ") and "old" not in text
     assert text.endswith("<!-- end of speed: embedded, cpu -->\n\nbelow\n")
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     against = [row for row in cells if len(row) == 7][1:]
