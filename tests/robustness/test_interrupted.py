@@ -69,12 +69,13 @@ def test_a_signal_at_any_moment(number, expected, tmp_path):
     (tmp_path / "mix.png").write_bytes(b"old")
     assert run(*MIX, cwd=tmp_path).code == 0
     new, codes = (tmp_path / "mix.png").read_bytes(), []
-    started = time.monotonic()
-    assert run(*MIX, cwd=tmp_path).code == 0
-    whole_run, random_moment = time.monotonic() - started, random.Random(2)
-    for _ in range(12):
+    whole_run, random_moment = 60.0, random.Random(2)
+    while len(codes) < 13 or (codes.count(expected) < 6 and len(codes) < 40):
         (tmp_path / "mix.png").write_bytes(b"old")
-        done = run(*MIX, cwd=tmp_path, kill=(number, random_moment.uniform(0, whole_run)))
+        started = time.monotonic()
+        done = run(*MIX, cwd=tmp_path, kill=(number, random_moment.uniform(0, whole_run)) if codes else None)
+        if done.code == 0:  # the machine may be faster by now
+            whole_run = min(whole_run, time.monotonic() - started)
         assert done.code in (0, expected) and "Traceback" not in done.err, done
         assert (tmp_path / "mix.png").read_bytes() in ((new,) if done.code == 0 else (b"old", new))
         assert os.listdir(tmp_path) == ["mix.png"], "files were left behind"
