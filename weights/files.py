@@ -191,7 +191,7 @@ def open_part(part: str, path: Path, half: bool = False, ema: bool = True) -> So
         return source
     folder = path / part if (path / part).is_dir() else path
     configs, notes, told_by = {part: read_config(folder / "config.json", part)}, [], ""
-    if (folder.parent / "scheduler").is_dir():  # of a whole checkpoint
+    if part == "unet" and (folder.parent / "scheduler").is_dir():  # of a whole checkpoint: how the UNet was trained
         configs["scheduler"], notes, _ = read_schedule(folder.parent / "scheduler" / "scheduler_config.json")
         told_by = "its scheduler config"
     files = part_files(folder, STEMS[part], half, ema)
@@ -205,7 +205,7 @@ def open_part(part: str, path: Path, half: bool = False, ema: bool = True) -> So
         prediction=configs["scheduler"].prediction_type if told_by else None,
         told_by=told_by,
         unread=found.unread,
-        notes=notes * (part == "unet") + left_over(folder, found),
+        notes=notes + left_over(folder, found),
     )
 
 
