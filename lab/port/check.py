@@ -5,8 +5,8 @@
     python lab/port/check.py --list           every output that the kit knows: name, shape, module, inputs
 
 Needs numpy and safetensors alone. README.md, beside this file, says how a dump is made. Pictures and feature maps may
-come channels first (B, C, H, W) or channels last (B, H, W, C); so may what a 1 x 1 convolution gives as tokens
-(B, N, D). An output may also be given as its values at the kit's positions alone, in their order.
+come channels first, (B, C, H, W), or channels last, (B, H, W, C), and with H and W as one axis in either order. An
+output may also be given as its values at the kit's positions alone, in their order.
 
 The error of an output is the largest absolute difference at the kit's positions over the reference's largest absolute
 value. Exit code: 0 when every output is there and right; 1 when one is wrong, or missing without --partial; 2 for
@@ -17,7 +17,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterable
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,17 +78,19 @@ class Kit:
         """An output of a dump, in any of the orders that are read -> its values at the kit's positions. Raises
         ValueError for a shape that is none of this output."""
         facts, positions = self.outputs[name], self.positions(name)
-        shape = tuple(facts["shape"])  # channels last where there are channels
-        channels_first = (shape[0], shape[-1], *shape[1:-1])
+        shape = tuple(facts["shape"])  # (B, H, W, C) for maps
         count = int(np.prod(shape)) if positions is None else len(positions)
         if given.shape == (count,) and shape != (count,):
             return given
-        if facts["axes"] == "BHWC" and given.shape == channels_first:
-            given = np.moveaxis(given, 1, -1)
-        elif facts["axes"] == "BHWC" and given.shape == (shape[0], shape[1] * shape[2], shape[3]):
-            given = given.reshape(shape)
+        also = ""
+        if facts["axes"] == "BHWC":
+            b, h, w, c = shape
+            also = f" or {(b, c, h, w)}"
+            if given.shape in ((b, c, h, w), (b, c, h * w)) and given.shape != (b, h * w, c):
+                given = np.moveaxis(given, 1, -1)
+            if given.shape == (b, h * w, c):
+                given = given.reshape(shape)
         if given.shape != shape:
-            also = f" or {channels_first}" if facts["axes"] == "BHWC" else ""
             raise ValueError(f"has the shape {given.shape}; it should be {shape}{also}, or ({count},)")
         return given.reshape(-1) if positions is None else given[tuple(positions.T.astype(int))]
 
@@ -139,7 +141,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 return dict(file)
         if path.suffix == ".safetensors":
             return load_file(path)
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, SafetensorError, TypeError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read: {reason}; save arrays of float32 or of integers in it") from error
     raise ValueError(f"{path} is of no kind that is read; let its name end in .npz or .safetensors")
@@ -173,14 +175,16 @@ def module_key(name: str) -> str:
     return name.removesuffix("/quiet")
 
 
-def clearest(findings: Iterable[Finding]) -> Finding:
-    """Of what is wrong in one module, the output whose error is the largest; one that cannot be compared first."""
-    return max(findings, key=lambda finding: float("inf") if finding.error is None else finding.error)
+def clearest(findings: list[Finding]) -> Finding:
+    """Of what is wrong in one module: its natural output, unless the quiet one's error is more than ten times larger,
+    as a wrong eps makes it."""
+    first, last = findings[0], findings[-1]
+    return last if None not in (first.error, last.error) and last.error > 10 * first.error else first
 
 
 def first_wrong(wrong: list[Finding]) -> Finding | None:
     """What to tell of the first module that is wrong; `wrong` is in the order in which a port is built."""
-    return clearest(f for f in wrong if module_key(f.name) == module_key(wrong[0].name)) if wrong else None
+    return clearest([f for f in wrong if module_key(f.name) == module_key(wrong[0].name)]) if wrong else None
 
 
 def level_of(name: str) -> str:
