@@ -517,7 +517,7 @@ def no_causal_mask(checkpoints, change):
 def no_final_norm(checkpoints, change):
     """The text encoder's final LayerNorm left out."""
     for models in checkpoints.values():
-        change(models.text_encoder.text_model, "final_layer_norm", nn.Identity())
+        change(models.text_encoder.text_model.final_layer_norm, "forward", lambda x: x)
 
 
 @shows_at("tiny/taps/text/text_model.final_layer_norm")
