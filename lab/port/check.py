@@ -206,14 +206,14 @@ def told(found: dict) -> str:
     return "\n".join(lines)
 
 
-def show(result: dict, kit: Kit, everything: bool) -> None:
+def show(result: dict, kit: Kit, is_partial: bool, everything: bool) -> None:
     for level, counts in result["levels"].items():
         if counts["right"] + counts["wrong"]:
             wrong = f", {counts['wrong']} WRONG" if counts["wrong"] else ""
             missing = f", {counts['missing']} not in the dump" if counts["missing"] else ""
-            print(f"{level:24}{counts['right']:5} right{wrong}{missing}")
-        elif counts["missing"]:
-            print(f"{level:24}    - not in the dump")
+            print(f"{level:28}{counts['right']:4} right{wrong}{missing}")
+        elif counts["missing"] and not is_partial:
+            print(f"{level:28}   - not in the dump")
     for name in result["unknown"][:5]:
         like = difflib.get_close_matches(name, kit.outputs, n=1)
         print(f"not in the kit: {name}" + (f"; is it {like[0]}?" if like else ""))
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        show(result, kit, args.all)
+        show(result, kit, args.partial, args.all)
     return 0 if result["right"] else 1
 
 

@@ -311,7 +311,7 @@ def randn(seed, shape):
     """torch.randn of a CPU generator: the Mersenne Twister's low 24 bits as uniforms, Box-Muller on those 8 apart in
     blocks of 16; what is left at the end is drawn anew, as the last 16. Of 16 numbers or more."""
     count = math.prod(shape)
-    draws = np.random.RandomState(seed)._bit_generator
+    draws = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator
     uniform = lambda n: (draws.random_raw(n) & 0xFFFFFF).astype(np.float32) / np.float32(1 << 24)
 
     def normal(u):
