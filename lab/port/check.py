@@ -36,8 +36,9 @@ class Finding:
 
     name: str
     module: str  # what it is the output of, in words
-    error: float | None  # of the largest value; for pictures, grey levels; None where there is nothing to compare
+    error: float | None  # None where there is nothing to compare
     bound: float
+    unit: str  # of error and bound
     is_right: bool
     place: str = ""  # of the largest error, with both values
     looks_like: tuple[str, ...] = ()  # the mistakes that give these very numbers
@@ -70,9 +71,9 @@ class Kit:
         return load_file(self.folder / "mistakes.safetensors")
 
     def positions(self, name: str) -> np.ndarray | None:
-        """(positions, axes), the places that an output is compared at; None for all of a small one."""
-        key = self.outputs[name]["positions"]
-        return None if key is None else self.numbers[key]
+        """(positions, axes), the places that an output is compared at; None for all of a small one or a picture."""
+        shape = "x".join(map(str, self.outputs[name]["shape"]))
+        return self.numbers.get(f"positions/{shape}")
 
     def sampled(self, name: str, given: np.ndarray) -> np.ndarray:
         """An output of a dump, in any of the orders that are read -> its values at the kit's positions. Raises
@@ -97,7 +98,8 @@ class Kit:
     def check(self, name: str, given: np.ndarray) -> Finding:
         """One output of a dump."""
         facts = self.outputs[name]
-        found = lambda error, right, **more: Finding(name, facts["module"], error, facts["bound"], right, **more)
+        unit = "grey levels" if facts["axes"] == "HWC" else "of the largest value" if facts["bound"] else "off"
+        found = lambda error, right, **more: Finding(name, facts["module"], error, facts["bound"], unit, right, **more)
         try:
             values = self.sampled(name, given)
         except ValueError as wrong:
@@ -123,8 +125,10 @@ class Kit:
         """The mistakes whose numbers these are, the nearest first, within the output's bound; or what else can be said
         of all values together."""
         facts, expected = self.outputs[name], self.numbers[name].astype(np.float64)
-        distance = lambda wrong: float(np.abs(values - self.wrong_numbers[wrong].astype(np.float64)).max())
-        near = [(distance(wrong), mistake) for mistake, wrong in self.mistakes.get(name, {}).items()]
+        near = []
+        for mistake, key in self.mistakes.get(name, {}).items():
+            wrong = self.wrong_numbers[key].astype(np.float64)  # of a picture, every n-th value
+            near.append((float(np.abs(values[:: len(values) // len(wrong)] - wrong).max()), mistake))
         close = sorted(row for row in near if row[0] / facts["largest"] <= facts["bound"])
         if close:
             return tuple(mistake for _, mistake in close)
@@ -197,7 +201,7 @@ def told(found: dict) -> str:
     """A finding in words."""
     lines = [f"{found['name']}  ({found['module']})"]
     if found["error"] is not None:
-        lines[0] += f": {found['error']:.2g} of the largest value, the bound is {found['bound']:.2g}"
+        lines[0] += f": {found['error']:.2g} {found['unit']}, the bound is {found['bound']:.2g}"
     lines.append(f"  {found['place']}")
     if found["looks_like"]:
         lines.append(f"  as this gives: {'; or '.join(found['looks_like'])}")

@@ -47,6 +47,7 @@ MARGIN, LEAST = 8, 1e-6  # of a bound: times the noise of right programs, and at
 LEAST_OF_MIXES = 3e-4  # of the latents of whole mixes: rounding grows over the steps, otherwise on each machine
 SAMPLES = 64  # positions of an output; those of at most WHOLE values are kept whole, and pictures
 WHOLE = 256
+MANY = 1024  # values of a mistake; of a picture, so many are kept
 PER_STEP = 16  # positions of each step of a mix
 GUIDE = Path(__file__).parent / "README.md"
 
@@ -357,7 +358,6 @@ def facts_of(name: str, tensor: Tensor, models: dict[str, Checkpoint]) -> dict:
         "shape": shape,
         "axes": axes,
         "module": module_of(name, models),
-        "positions": positions_key(shape, tensor),
         "largest": 1.0 if not tensor.is_floating_point() else float(tensor.abs().max()),
     }
 
@@ -401,7 +401,7 @@ def stored_once(inputs: dict[str, Tensor]) -> dict[str, str]:
 
 
 def positions_key(shape: list[int], tensor: Tensor) -> str | None:
-    """Where the positions of an output stand; one list per shape."""
+    """Where the positions of an output stand, one list per shape; None for one that is kept whole."""
     is_whole = tensor.numel() <= WHOLE or not tensor.is_floating_point()
     return None if is_whole else f"positions/{'x'.join(map(str, shape))}"
 
@@ -419,9 +419,8 @@ def positions_of(key: str) -> Tensor:
 def sampled(facts: dict, tensor: Tensor) -> Tensor:
     """An output's values at its positions, as check.py takes them from a dump."""
     channels_last = tensor.movedim(1, -1) if facts["axes"] == "BHWC" else tensor
-    if facts["positions"] is None:
-        return channels_last.reshape(-1)
-    return channels_last[tuple(positions_of(facts["positions"]).long().T)]
+    key = positions_key(facts["shape"], tensor)
+    return channels_last.reshape(-1) if key is None else channels_last[tuple(positions_of(key).long().T)]
 
 
 def bound_of(name: str, tensor: Tensor, noise: float) -> dict:
@@ -450,7 +449,7 @@ def make(kit: Path) -> None:
         outputs[name] |= bound_of(name, tensor, noise[name])
     stored = stored_once(inputs)
     save(kit / "inputs.safetensors", {name: inputs[name] for name in stored.values()})
-    keys = sorted({facts["positions"] for facts in outputs.values()} - {None})
+    keys = sorted({positions_key(outputs[name]["shape"], tensor) for name, tensor in exact.items()} - {None})
     save(kit / "expected.safetensors", numbers | {key: positions_of(key) for key in keys})
     rows = [f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in outputs.items()]
     calls = [f"{json.dumps(name)}: {json.dumps(given)}" for name, given in calls_of(inputs, stored).items()]
@@ -502,12 +501,12 @@ def add_mistakes(kit: Path) -> list[str]:
         finding = clearest([finding for finding, _ in next(iter(first.values()))]) if first else None
         named_first = finding.name if finding else None
         assert named_first == where, f"{text_of(mistake)}: {named_first} is named first, not {where}"
-        for i, (finding_of_it, tensor) in enumerate(itertools.chain.from_iterable(first.values())):
-            facts, name = checker.outputs[finding_of_it.name], finding_of_it.name
-            if finding_of_it.error is not None and (i == 0 or tensor.dtype != torch.uint8):  # pictures are large
-                key = f"{name}/{len(explained.get(name, {}))}"
-                explained.setdefault(name, {})[text_of(mistake)] = key
-                wrong[key] = sampled(facts, tensor)
+        for shown, tensor in itertools.chain.from_iterable(first.values()):
+            if shown.error is not None:
+                key = f"{shown.name}/{len(explained.get(shown.name, {}))}"
+                explained.setdefault(shown.name, {})[text_of(mistake)] = key
+                values = sampled(checker.outputs[shown.name], tensor)
+                wrong[key] = values[:: max(1, len(values) // MANY)]
         rows.append(row(checker, mistake, finding))
         print(rows[-1], flush=True)
     save(kit / "mistakes.safetensors", wrong)
