@@ -55,6 +55,7 @@ LEAST = {
 }
 SAMPLES = 64  # positions of an output; those of at most WHOLE values are kept whole, and pictures
 WHOLE = 256
+MODULES = 3  # of each level, whose numbers are kept for a mistake: a port may have no such norm to look at
 MANY = 1024  # values of a mistake; of a picture, so many are kept
 PER_STEP = 16  # positions of each step of a mix
 GUIDE = Path(__file__).parent / "README.md"
@@ -491,7 +492,7 @@ def read_inputs(kit: Path) -> dict[str, Tensor]:
 
 
 def add_mistakes(kit: Path) -> list[str]:
-    """Makes every mistake, puts its numbers at the first output that is wrong in each level into the kit, and returns
+    """Makes every mistake, puts its numbers at the first modules that are wrong in each level into the kit, and returns
     the rows of the guide's table. Raises AssertionError for one that is not named where it should be."""
     for name in ("mistakes.json", "mistakes.safetensors"):
         (kit / name).unlink(missing_ok=True)  # of an earlier kit
@@ -499,7 +500,7 @@ def add_mistakes(kit: Path) -> list[str]:
     wrong, explained = {}, {}
     found = checkpoints(kit, torch.float32)
     for mistake, where in MISTAKES.items():
-        first = {}  # level -> what is wrong of the first module that is: [(finding, tensor)]
+        first = {}  # level -> what is wrong of the first MODULES modules that are: [[(finding, tensor), ...], ...]
         with made(mistake, found) as changed:
             named = reference.outputs(changed, MODELS, inputs)
             for module, group in itertools.groupby(named, key=lambda row: module_key(row[0])):
@@ -507,11 +508,12 @@ def add_mistakes(kit: Path) -> list[str]:
                     break  # whole mixes take long, and an earlier level tells more
                 checked = [(checker.check(name, tensor.numpy()), tensor) for name, tensor in group]
                 if wrong_ones := [(finding, tensor) for finding, tensor in checked if not finding.is_right]:
-                    first.setdefault(module.split("/")[1], wrong_ones)
-        finding = clearest([finding for finding, _ in next(iter(first.values()))]) if first else None
+                    first.setdefault(module.split("/")[1], []).append(wrong_ones)
+        finding = clearest([finding for finding, _ in next(iter(first.values()))[0]]) if first else None
         named_first = finding.name if finding else None
         assert named_first == where, f"{text_of(mistake)}: {named_first} is named first, not {where}"
-        for shown, tensor in itertools.chain.from_iterable(first.values()):
+        kept = itertools.chain.from_iterable(wrong_ones[:MODULES] for wrong_ones in first.values())
+        for shown, tensor in itertools.chain.from_iterable(kept):
             if shown.error is not None:
                 key = f"{shown.name}/{len(explained.get(shown.name, {}))}"
                 explained.setdefault(shown.name, {})[text_of(mistake)] = key
