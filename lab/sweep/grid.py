@@ -61,17 +61,17 @@ def span(kind: Number, text: str, first: str, last: str, step: str | None) -> li
     else:
         kind.parse(step)
         by = Decimal(step)
-    if not by > 0:
+    if not by.is_finite() or by <= 0:
         raise argparse.ArgumentTypeError(f"range {shown(text)} has the step {step}; use one above 0")
     if a > b:
         raise argparse.ArgumentTypeError(f"range {shown(text)} is empty; ranges count upwards, from {last} to {first}")
     try:
-        steps = int((b - a) / by)
+        steps = (b - a) / by
     except decimal.DecimalException:
         steps = MOST
     if steps >= MOST:
         raise argparse.ArgumentTypeError(f"range {shown(text)} has more than {MOST:,} values; use a larger step")
-    return [kind.parse(str(a + i * by)) for i in range(steps + 1)]
+    return [kind.parse(str(a + i * by)) for i in range(int(steps) + 1)]
 
 
 def listed(kind: Kind, text: str) -> list:
@@ -230,8 +230,10 @@ def of(given: dict) -> Grid:
 
     Raises ValueError for an unknown option, a value that cannot be right, no values, or more than MOST cells.
     """
-    axes = {}
-    for name in sorted((n for n in given if n in options.names(MIXING, PICTURE)), key=depth):
+    known, axes = options.names(MIXING, PICTURE), {}
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"{unknown[0]} is no option of a grid; use {', '.join(known)}")
+    for name in sorted(given, key=depth):
         for axis, values in given[name] if name == "token_weights" else [(name, given[name])]:
             axis, values = (WORD + axis if name == "token_weights" else axis), list(values)
             if name == "size":
@@ -239,8 +241,6 @@ def of(given: dict) -> Grid:
             if not values:
                 raise ValueError(f"{name} has no value; give one or more")
             axes[axis] = list(dict.fromkeys(axes.get(axis, []) + values))
-    if unknown := sorted(given.keys() - set(options.names(MIXING, PICTURE))):
-        raise ValueError(f"{unknown[0]} is no option of a grid; use {', '.join(options.names(MIXING, PICTURE))}")
     axes |= {"seed": axes.pop("seed", [0])}
     grid = Grid(axes)
     if len(grid) > MOST:

@@ -14,6 +14,8 @@ Samplers that draw noise draw eps first, then a text layout's trajectory, then t
 many draws came before the content's first, so a Start is shared between equal K_min only. With a picture as layout
 nothing comes before them, and all is shared as with DDIM. Options that change no number (nu where nothing is mixed, the
 negative prompt at guidance 1, eta of DDPM) part nothing, and fractions that round to the same step are the same.
+
+One step is made more often than it must be: at K_max = T text layouts all begin with eps, whatever their prompt.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
