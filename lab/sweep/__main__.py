@@ -277,6 +277,10 @@ def sweep(asked: dict, failed: list[int]) -> None:
     """Does what the command line asks for; appends how many cells failed. Raises ValueError or OSError."""
     given = {name: value for name, value in asked.items() if name in (*SINGLE, "batch")}
     options.check({name: value for name, value in given.items() if name != "batch"})
+    try:
+        grid.BATCH.check(given.get("batch", 1))
+    except ValueError as error:
+        raise ValueError(f"batch {error}") from None
     g = grid.of({name: value for name, value in asked.items() if name not in (*given, "output")})
     output = asked.get("output", "sweep")
     options.check({"output": output})
@@ -284,9 +288,12 @@ def sweep(asked: dict, failed: list[int]) -> None:
     opened: list[Folder] = []  # on rank 0, with its lock
     files, done = joined.from_first(partial(begin, g, output, opened))
     this = Sweep(g, given, joined, opened[0] if opened else Folder(Path(output), g), files, done)
-    this.run()
-    if joined.rank == 0:
-        failed.append(this.finish())
+    try:
+        this.run()
+        if joined.rank == 0:
+            failed.append(this.finish())
+    finally:
+        joined.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 FOR_EVER = timedelta(days=365)  # ranks wait for each other as long as the largest part takes
-LOOK_AGAIN = 0.2  # seconds
+LOOK_AGAIN, GIVE_UP = 0.1, 10  # seconds
 
 
 class Elsewhere(Exception):
@@ -60,6 +60,15 @@ class Ranks:
         self.add(name, 1)
         while self.add(name, 0) < self.world:
             meanwhile()
+            time.sleep(LOOK_AGAIN)
+
+    def leave(self) -> None:
+        """Rank 0, which may hold what all count in, goes last; it does not wait for ranks that are dead."""
+        if self.rank > 0:
+            self.add("gone", 1)
+            return
+        limit = time.monotonic() + GIVE_UP
+        while self.add("gone", 0) < self.world - 1 and time.monotonic() < limit:
             time.sleep(LOOK_AGAIN)
 
 

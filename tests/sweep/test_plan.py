@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import magicmix
 import pytest
 import torch
 from conftest import with_unet
@@ -10,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import magicmix
+from command import pictures
 from lab.sweep import grid, plan
 from lab.sweep.run import Batch, Done, Once, Walk
 
@@ -49,13 +50,10 @@ def alone(models, cell):
     given = cell.given
     kept = {name: given[name] for name in given if name not in ("prompt", "layout", "layout_prompt", "seed")}
     layout = PICTURES[given["layout"]] if "layout" in given else given["layout_prompt"]
-    last = None
-    for last in magicmix.magicmix(models, given["prompt"], layout, seeds=given["seed"], **kept):
-        pass
-    if last is None:  # K_max = 0, as magicmix.py does it
-        size = models.latent_size(given["size"])
-        return models.vae.encode(magicmix.pictures.fit(layout, given["size"])).expand(1, 4, *size)[0]
-    return last.x[0]
+    steps = list(magicmix.magicmix(models, given["prompt"], layout, seeds=given["seed"], **kept))
+    if steps:
+        return steps[-1].x[0]
+    return models.vae.encode(pictures.fit(layout, given["size"]))[0]  # K_max = 0, as magicmix.py does it
 
 
 def distinct(*values, most):
@@ -70,6 +68,7 @@ GRIDS = st.fixed_dictionaries(
         "steps": distinct(5, 6, most=1),
         "guidance": distinct(1.0, 4.0, most=1),
         "negative": distinct("", "a dog", most=2),
+        "token_weights": st.sampled_from([[], [("a", [0.5, -1.0])]]),
         "sampler": distinct("ddim", "ddpm", most=1),
         "eta": distinct(0.0, 0.5, most=1),
         "size": st.just([(16, 16)]),
