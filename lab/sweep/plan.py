@@ -104,6 +104,19 @@ class Lane:
         return None if self.o.K_min == self.o.K_max else self.o.nu
 
     @property
+    def stretches(self) -> list[tuple[tuple, int, int]]:
+        """Its steps: parts of the tree by name, each with the k from which it goes and the k to which this lane needs
+        it."""
+        o, start = self.o, (self.trunk, self.content, self.start)
+        first, mixed = max(0, o.K_max - 1), max(0, o.K_min - 1)  # the step from K_min is the mixture's; none is from 0
+        return [
+            *([((self.trunk,), o.steps, o.K_min)] if self.is_text else []),
+            (start, o.K_max, first),
+            ((*start, self.nu), first, mixed),
+            ((*start, self.nu, o.K_min), mixed, 0),
+        ]
+
+    @property
     def alone(self) -> int:
         """The UNet calls of one of its pictures by magicmix.py."""
         return self.o.K_max + (self.o.steps - self.o.K_min if self.is_text else 0)
@@ -173,32 +186,25 @@ def leaves(tree: Tree) -> Iterator[Lane]:
 
 
 class Count:
-    """The UNet calls of lanes, one after another: of each, those that no lane before it has made."""
+    """The steps of lanes, one after another: of each, those that no lane before it has made."""
 
     def __init__(self):
-        self.lowest: dict[tuple, int] = {}
+        self.lowest: dict[object, int] = {}
 
-    def add(self, lane: Lane) -> int:
-        """Pictures times steps."""
-        o, start = lane.o, (lane.trunk, lane.content, lane.start)
-        along = self.down((lane.trunk,), o.steps, o.K_min) if lane.is_text else 0
-        first = self.down(start, o.K_max, max(0, o.K_max - 1))
-        # Mixed from K_max - 1 on, the step from K_min included; there is none from 0.
-        mixed = self.down((*start, lane.nu), max(0, o.K_max - 1), max(0, o.K_min - 1))
-        alone = self.down((*start, lane.nu, o.K_min), max(0, o.K_min - 1), 0)
-        return len(lane.rows) * (along + first + mixed + alone)
-
-    def down(self, stretch: tuple, top: int, to: int) -> int:
-        """The steps of a stretch from `top` down to `to` that are new."""
-        before = self.lowest.get(stretch, top)
-        self.lowest[stretch] = min(before, to)
-        return max(0, before - to)
+    def add(self, stretches: Iterable[tuple[object, int, int]]) -> int:
+        new = 0
+        for name, top, to in stretches:
+            before = self.lowest.get(name, top)
+            if to < before:
+                new += before - to
+                self.lowest[name] = to
+        return new
 
 
 def calls(lanes: Iterable[Lane]) -> int:
     """The UNet calls of lanes that share what they can; one call is one step of one picture."""
     count = Count()
-    return sum(count.add(lane) for lane in lanes)
+    return sum(len(lane.rows) * count.add(lane.stretches) for lane in lanes)
 
 
 def calls_alone(lanes: Iterable[Lane]) -> int:
@@ -212,28 +218,37 @@ def share(lanes: Sequence[Lane], ranks: int) -> list[list[Lane]]:
     The parts follow each other in the tree, so that neighbours share within one part what they can; what two parts have
     in common at a cut, each makes for itself. Where the cuts lie makes the largest part as small as it can be.
     """
-    low, high = 0, calls(lanes)
+    names: dict[tuple, int] = {}  # numbers, which are compared faster
+    steps = [[(names.setdefault(name, len(names)), *ks) for name, *ks in lane.stretches] for lane in lanes]
+    jobs = list(zip((len(lane.rows) for lane in lanes), steps))
+    low = calls(lanes) // ranks  # no largest part is smaller
+    high = (
+        low + 1 + 2 * max((lane.alone * len(lane.rows) for lane in lanes), default=0)
+    )  # and there is always such a cut
     while low < high:
         limit = (low + high) // 2
-        if len(cut(lanes, limit)) <= ranks:
+        if len(cut(jobs, limit)) <= ranks:
             high = limit
         else:
             low = limit + 1
-    parts = cut(lanes, high)
+    begins = cut(jobs, high)
+    parts = [list(lanes[begin:end]) for begin, end in zip(begins, [*begins[1:], len(lanes)])]
     return parts + [[] for _ in range(ranks - len(parts))]
 
 
-def cut(lanes: Iterable[Lane], limit: int) -> list[list[Lane]]:
-    """Lanes in as few parts that follow each other as have at most `limit` UNet calls each; a lane that has more is a
-    part of its own."""
-    parts: list[list[Lane]] = [[]]
-    count, load = Count(), 0
-    for lane in lanes:
-        new = count.add(lane)
-        if parts[-1] and load + new > limit:
-            parts.append([])
+def cut(jobs: Sequence[tuple[int, list]], limit: int) -> list[int]:
+    """Where parts begin that follow each other, as few as have at most `limit` UNet calls each; a job that has more is
+    a part of its own.
+
+    Args:
+        jobs: of each lane, its rows and its stretches.
+    """
+    begins, count, load = [0], Count(), 0
+    for i, (rows, stretches) in enumerate(jobs):
+        new = rows * count.add(stretches)
+        if i > begins[-1] and load + new > limit:
+            begins.append(i)
             count, load = Count(), 0
-            new = count.add(lane)
-        parts[-1].append(lane)
+            new = rows * count.add(stretches)
         load += new
-    return parts
+    return begins

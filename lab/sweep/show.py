@@ -37,12 +37,13 @@ def write_index(folder: Folder, lines: list[dict]) -> None:
 
 
 def said(axis: str, value: object) -> str:
-    """A value on a label: "nu 0.5", "a tiger"."""
+    """A value on a label: "nu 0.5", "k-min 0.1", "a tiger"."""
     if axis in ("prompt", "layout_prompt"):
         return str(value)
     if axis == "layout":
         return Path(value).stem
-    return f"{'s of ' + axis.removeprefix(WORD) if axis.startswith(WORD) else axis} {written(value)}"
+    name = f"s of {axis.removeprefix(WORD)}" if axis.startswith(WORD) else axis.replace("_", "-")
+    return f"{name} {written(value)}"
 
 
 # ----------------------------------------------------------------------------------------------------------- sheets

@@ -101,8 +101,8 @@ def test_the_table_at_first(open_page, here):
     """The two innermost axes but for the seeds, with the picture of each cell."""
     tab = open_page("grid")
     shown = table(tab)
-    assert shown["columns"] == ["nu 0.2", "nu 0.5", "nu 0.8"] and shown["rows"] == ["k_min 0.2", "k_min 0.7"]
-    assert shown["cells"][0][1] == ["a tiger, k_min 0.2, nu 0.5, seed 0"]
+    assert shown["columns"] == ["nu 0.2", "nu 0.5", "nu 0.8"] and shown["rows"] == ["k-min 0.2", "k-min 0.7"]
+    assert shown["cells"][0][1] == ["a tiger, k-min 0.2, nu 0.5, seed 0"]
     assert tab.inner_text("#count") == "6 of 36 cells, with a tiger, seed 0."
     (line,) = [x for x in index(here / "grid") if x["options"].items() >= {
         "prompt": "a tiger", "k_min": 0.2, "nu": 0.5, "seed": 0}.items()]  # fmt: skip
@@ -127,7 +127,7 @@ def test_axes_and_filters(open_page):
     choose(tab, across="nothing")
     shown = table(tab)
     assert shown["columns"] == []
-    assert shown["cells"] == [[["a tiger, k_min 0.2, nu 0.2, seed 0"]], [["a tiger, k_min 0.2, nu 0.8, seed 0"]]]
+    assert shown["cells"] == [[["a tiger, k-min 0.2, nu 0.2, seed 0"]], [["a tiger, k-min 0.2, nu 0.8, seed 0"]]]
     choose(tab, across="nu")  # it leaves the rows
     assert table(tab)["rows"] == [] and tab.input_value("#down") == "-1"
 
@@ -160,7 +160,7 @@ def test_keys_and_the_command_to_copy(open_page, here):
         tab.keyboard.press(key)
         assert alt in tab.evaluate("document.activeElement.querySelector('img').alt")
     tab.keyboard.press("ArrowDown")
-    assert "k_min 0.7" in tab.evaluate("document.activeElement.textContent")
+    assert "k-min 0.7" in tab.evaluate("document.activeElement.textContent")
     tab.keyboard.press("ArrowUp")
     tab.keyboard.press("Enter")
     assert tab.locator("#one").is_visible() and "nu 0.5" in tab.inner_text("#one-title")
@@ -178,7 +178,7 @@ def test_keys_and_the_command_to_copy(open_page, here):
     assert "k_min 0.7 is above k_max 0.6" in tab.inner_text("#large"), "a failed cell has its reason"
     tab.keyboard.press("Escape")
     assert not tab.locator("#one").is_visible()
-    assert "k_min 0.7" in tab.evaluate("document.activeElement.textContent"), "the cell seen last has the focus"
+    assert "k-min 0.7" in tab.evaluate("document.activeElement.textContent"), "the cell seen last has the focus"
 
 
 def wait_until(condition):

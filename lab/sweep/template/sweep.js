@@ -28,10 +28,13 @@ function fillSelect(select, value) {
   select.value = value;
 }
 
+// A value without its axis' name, which stands above it.
+const short = (i, j) => AXES[i].labels[j].replace(`${title(i)} `, "");
+
 function filterOf(i) {
   const boxes = AXES[i].values.map((value, j) => {
     const box = element("input", { type: "checkbox", "data-axis": i, "data-value": j });
-    return element("label", {}, box, element("span", {}, AXES[i].labels[j]));
+    return element("label", {}, box, element("span", {}, short(i, j)));
   });
   const all = element("button", { type: "button", "aria-label": `all of ${title(i)}` }, "all");
   const first = element("button", { type: "button", "aria-label": `only the first of ${title(i)}` }, "first");
