@@ -225,6 +225,8 @@ def test_a_half_done_folder_is_continued(whole, tmp_path, monkeypatch):
     assert picture_bytes(folder) == picture_bytes(whole) and index(folder) == lines
     assert times == {n: (folder / lines[n]["picture"]).stat().st_mtime_ns for n in kept}
     assert 0 < sum(calls) < first, "what is there is not made again"
+    part.write_bytes(part.read_bytes()[:-30])  # the line after it is not lost with it
+    assert sweep(*GRID, "-o", folder) == 0 and index(folder) == lines
     calls.clear()
     assert sweep(*GRID, "-o", folder) == 0 and not calls
 
