@@ -15,7 +15,7 @@ from command import pictures
 from lab.sweep import grid, plan
 from lab.sweep.run import Batch, Done, Once, Walk
 
-pytestmark = pytest.mark.filterwarnings("ignore:steps .: denoising from noise:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:steps .* starts at timestep:UserWarning")
 PICTURES = {name: Image.linear_gradient("L").rotate(turn).convert("RGB") for name, turn in (("up", 0), ("side", 90))}
 
 
