@@ -202,10 +202,11 @@ class Part:
             if isinstance(made, str):
                 self.sweep.folder.record(rank, cell=cell.number, status="failed", reason=made)
                 continue
-            pictures.save(made[row], self.sweep.folder.picture(cell), self.metadata(cell, end.lane.o))
+            metadata = self.metadata(cell, end.lane.o)
+            pictures.save(made[row], self.sweep.folder.picture(cell), metadata)
             batch = [[len(list(run)), size] for size, run in groupby(end.sizes)]
-            facts = {"status": "made", "batch": batch, "checkpoint": self.identity}
-            self.sweep.folder.record(rank, cell=cell.number, **facts)
+            facts = {"parameters": metadata["parameters"], "batch": batch, "checkpoint": self.identity}
+            self.sweep.folder.record(rank, cell=cell.number, status="made", **facts)
 
     def decoded(self, ends: list[Done]) -> list[list]:
         """The pictures of a lane, in one batch, as magicmix.py decodes them; lanes that end alike share them."""
