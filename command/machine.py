@@ -164,8 +164,7 @@ def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool
             return 0
         except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
             message = str(error)
-            # torch has a type of its own for this on a GPU only
-            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", message):
+            if is_out_of_memory(error):
                 message = "out of memory; a smaller --size, --count 1 or --dtype bf16 needs less"
             elif isinstance(error, RuntimeError):
                 raise
@@ -173,6 +172,12 @@ def run(program: str, work: Callable[[], None], quiet: bool = False, debug: bool
                 traceback.print_exc()
             print(f"{program}: {one_line(message)}", file=sys.stderr)
             return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for this on a GPU only."""
+    told = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or told is not None
 
 
 def follow(steps: Iterator, total: int, quiet: bool):

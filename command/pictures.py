@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from command import machine, options
+from command import gallery, machine, options
 from command.colours import to_srgb
 
 # Formats that are decoded in this process; Pillow would hand others (EPS) to another program.
@@ -287,10 +287,14 @@ def replace(path: Path, what: str, write) -> None:
 
 
 def save(picture: Image.Image, path: Path, metadata: dict | None) -> None:
-    """Writes a PNG with the metadata, if there is any, as its text "magicmix", in JSON. Raises OSError."""
+    """Writes a PNG with the metadata, if there is any, as its text "magicmix", in JSON; the "parameters" in it stand
+    there for other programs as well. Raises OSError."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text("magicmix", json.dumps(metadata, sort_keys=True))  # ASCII: a path in it may not even be UTF-8
+        if "parameters" in metadata:
+            info.add_text("parameters", gallery.parameters(metadata["parameters"]))
+            info.add_itxt(gallery.XMP_KEY, gallery.xmp(metadata["parameters"]))
     replace(path, "output", lambda file: picture.save(file, format="PNG", pnginfo=info))
 
 
