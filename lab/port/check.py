@@ -58,17 +58,15 @@ class Kit:
         return load_file(self.folder / "expected.safetensors")
 
     @cached_property
-    def mistakes(self) -> dict[str, dict[str, str]]:
-        """output -> {mistake: the name of its numbers}"""
-        return json.loads((self.folder / "mistakes.json").read_text()) if self.has_mistakes else {}
-
-    @property
-    def has_mistakes(self) -> bool:
-        return (self.folder / "mistakes.json").exists()
-
-    @cached_property
-    def wrong_numbers(self) -> dict[str, np.ndarray]:
-        return load_file(self.folder / "mistakes.safetensors")
+    def mistakes(self) -> dict[str, dict[str, np.ndarray]]:
+        """output -> {mistake: its numbers}; of many values, every n-th"""
+        if not (self.folder / "mistakes.json").exists():  # while the kit is being made
+            return {}
+        texts, found = json.loads((self.folder / "mistakes.json").read_text()), {}
+        for key, values in load_file(self.folder / "mistakes.safetensors").items():
+            output, _, number = key.rpartition("/")
+            found.setdefault(output, {})[texts[int(number)]] = values.astype(np.float64)
+        return found
 
     def positions(self, name: str) -> np.ndarray | None:
         """(positions, axes), the places that an output is compared at; None for all of a small one or a picture."""
@@ -125,10 +123,8 @@ class Kit:
         """The mistakes whose numbers these are, the nearest first, within the output's bound; or what else can be said
         of all values together."""
         facts, expected = self.outputs[name], self.numbers[name].astype(np.float64)
-        near = []
-        for mistake, key in self.mistakes.get(name, {}).items():
-            wrong = self.wrong_numbers[key].astype(np.float64)  # of a picture, every n-th value
-            near.append((float(np.abs(values[:: len(values) // len(wrong)] - wrong).max()), mistake))
+        mistakes = self.mistakes.get(name, {}).items()
+        near = [(np.abs(values[:: -(-len(values) // len(wrong))] - wrong).max(), text) for text, wrong in mistakes]
         close = sorted(row for row in near if row[0] / facts["largest"] <= facts["bound"])
         if close:
             return tuple(mistake for _, mistake in close)

@@ -56,7 +56,7 @@ LEAST = {
 SAMPLES = 64  # positions of an output; those of at most WHOLE values are kept whole, and pictures
 WHOLE = 256
 MODULES = 3  # of each level, whose numbers are kept for a mistake: a port may have no such norm to look at
-MANY = 1024  # values of a mistake; of a picture, so many are kept
+MANY = 128  # values of a mistake that are kept, or a few more, evenly taken
 PER_STEP = 16  # positions of each step of a mix
 GUIDE = Path(__file__).parent / "README.md"
 
@@ -497,9 +497,9 @@ def add_mistakes(kit: Path) -> list[str]:
     for name in ("mistakes.json", "mistakes.safetensors"):
         (kit / name).unlink(missing_ok=True)  # of an earlier kit
     checker, inputs, rows = Kit(kit), read_inputs(kit), []
-    wrong, explained = {}, {}
+    wrong = {}  # output/number of the mistake -> values
     found = checkpoints(kit, torch.float32)
-    for mistake, where in MISTAKES.items():
+    for number, (mistake, where) in enumerate(MISTAKES.items()):
         first = {}  # level -> what is wrong of the first MODULES modules that are: [[(finding, tensor), ...], ...]
         with made(mistake, found) as changed:
             named = reference.outputs(changed, MODELS, inputs)
@@ -515,14 +515,12 @@ def add_mistakes(kit: Path) -> list[str]:
         kept = itertools.chain.from_iterable(wrong_ones[:MODULES] for wrong_ones in first.values())
         for shown, tensor in itertools.chain.from_iterable(kept):
             if shown.error is not None:
-                key = f"{shown.name}/{len(explained.get(shown.name, {}))}"
-                explained.setdefault(shown.name, {})[text_of(mistake)] = key
                 values = sampled(checker.outputs[shown.name], tensor)
-                wrong[key] = values[:: max(1, len(values) // MANY)]
+                wrong[f"{shown.name}/{number}"] = values[:: max(1, len(values) // MANY)]
         rows.append(row(checker, mistake, finding))
         print(rows[-1], flush=True)
     save(kit / "mistakes.safetensors", wrong)
-    (kit / "mistakes.json").write_text(json.dumps(explained, indent=1) + "\n")
+    (kit / "mistakes.json").write_text(json.dumps([text_of(mistake) for mistake in MISTAKES], indent=0) + "\n")
     return rows
 
 
