@@ -75,21 +75,25 @@ def activated(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Callable[[Tenso
 
 def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Of each group of channels the mean, and the variance plus eps: (B, C, H, W) -> (B, groups) twice, float32."""
-    batch, channels, height, width = x.shape
-    shares, means, variances = [], [], []
-    for rows in x.split(step(x), dim=2):
-        # torch's norm, for the moments that it returns beside its result: it is fast in either order of the memory.
-        size, dense = (
-            rows.shape[2] * width,
-            rows.to(torch.float32, copy=True),
-        )  # a copy has no gaps, which the norm asks
-        _, mean, scale = torch.native_group_norm(dense, None, None, batch, channels, size, groups, eps)
-        shares.append(rows.shape[2] / height)
-        means.append(mean)
-        variances.append(scale**-2)  # scale is 1 / sqrt(variance + eps)
-    mean = sum(share * m for share, m in zip(shares, means))
+    pieces = x.split(step(x), dim=2)
+    # In one tensor from the start: small ones between the strips would keep the memory of each from being used again.
+    found = x.new_empty(2, len(pieces), len(x), groups, dtype=torch.float32)
+    for i, rows in enumerate(pieces):
+        found[:, i] = moments_of_strip(rows, groups, eps)
+    share = torch.tensor([rows.shape[2] / x.shape[2] for rows in pieces], device=x.device)[:, None, None]
+    means, variances = found  # (strips, B, groups)
+    mean = (share * means).sum(0)
     # The variance within the strips, and that between them.
-    return mean, sum(share * (v + (m - mean) ** 2) for share, m, v in zip(shares, means, variances))
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
+
+
+def moments_of_strip(rows: Tensor, groups: int, eps: float) -> Tensor:
+    """The same of a strip: (2, B, groups), by torch's norm, for the moments that it returns beside its result: it is
+    fast in either order of the memory."""
+    batch, channels, height, width = rows.shape
+    dense = rows.to(torch.float32, copy=True)  # a copy has no gaps, which the norm asks
+    _, mean, scale = torch.native_group_norm(dense, None, None, batch, channels, height * width, groups, eps)
+    return torch.stack([mean, scale**-2])  # scale is 1 / sqrt(variance + eps)
 
 
 def strips(layer: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[tuple[slice, Tensor]]:
