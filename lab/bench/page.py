@@ -1,6 +1,7 @@
-"""Writes what a benchmark measured into docs/measured.md, between two comments of its own."""
+"""Writes what a command measured into a page, docs/measured.md for the benchmarks, between two comments of its own."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "measured.md"
 
 
 def write(page: Path, key: str, text: str) -> None:
-    """Replaces what stands between <!-- KEY --> and <!-- end of KEY -->, or appends it; all else stays as it is."""
+    """Replaces what stands between <!-- KEY --> and <!-- end of KEY -->, or appends it; all else stays as it is.
+    Lines of prose are wrapped as the pages' other lines are."""
     begin, end = f"<!-- {key} -->", f"<!-- end of {key} -->"
-    block, old = f"{begin}\n{text.strip()}\n{end}", page.read_text(encoding="utf-8")
+    lines = [line if line.startswith(("|", "!")) else textwrap.fill(line, 120) for line in text.strip().splitlines()]
+    block, old = "\n".join([begin, *lines, end]), page.read_text(encoding="utf-8")
     found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", old, re.DOTALL)
     new = old[: found.start()] + block + old[found.end() :] if found else f"{old.rstrip()}\n\n{block}\n"
     page.write_text(new, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What public MagicMix programs do differently, measured. `python -m lab.audit --help` says how."""
