@@ -1,6 +1,6 @@
 """How much of its layout and of its content a mixture holds, for a sweep that is made.
 
-    python -m lab.sweep.scores FOLDER                          a sweep by the embedded checkpoint: its own judge scores it
+    python -m lab.sweep.scores FOLDER                          a sweep by the embedded checkpoint, with its own judge
     python -m lab.sweep.scores FOLDER --encoder ID-OR-FOLDER   any other: a CLIP model, through transformers
 
 With a similarity A to the layout and B to the content, of a mixture m and of two pictures of the same seed,
@@ -9,9 +9,9 @@ With a similarity A to the layout and B to the content, of a mixture m and of tw
     b = (B(m) - B(layout)) / (B(content alone) - B(layout))
 
 so that the layout has a = 1 and b = 0, the content alone a = 0 and b = 1, and a picture that is neither has little of
-both. The layout is its picture after the autoencoder, or the end of a text layout's own trajectory; the content alone is
-text-to-image with the content's prompt, without token weights. A is between pictures, since a layout is one picture and
-need have no name; B is between picture and text. Pictures are compared as they are saved, in grey levels.
+both. The layout is its picture after the autoencoder, or the end of a text layout's own trajectory. The content alone
+is text-to-image with the content's prompt, without token weights. A is between pictures, since a layout is one picture
+and need have no name; B is between picture and text. Pictures are compared as they are saved, in grey levels.
 
 Writes FOLDER/scores.jsonl, a line per picture, and prints a table per axis, with 95 % intervals of a bootstrap over
 seeds and over cases, which are all other options together.
@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -301,22 +302,10 @@ def bootstrap(
         for axis in range(axes):
             resample = resample.take(rng.integers(data.shape[axis], size=data.shape[axis]), axis=axis)
         drawn.append(statistic(resample))
-    low, high = (quantile(np.asarray(drawn), q) for q in (0.025, 0.975))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of slices that are all NaN: their interval is NaN as well
+        low, high = np.nanquantile(np.asarray(drawn), (0.025, 0.975), axis=0)
     return Interval(np.asarray(statistic(data)), low, high)
-
-
-def quantile(drawn: np.ndarray, q: float) -> np.ndarray:
-    """Of the resamples that are no NaN; NaN where there is none."""
-    if np.isnan(drawn).all(axis=0).any():
-        return np.full(drawn.shape[1:], np.nan) if np.isnan(drawn).all() else masked_quantile(drawn, q)
-    return np.nanquantile(drawn, q, axis=0)
-
-
-def masked_quantile(drawn: np.ndarray, q: float) -> np.ndarray:
-    found = np.full(drawn.shape[1:], np.nan)
-    is_there = ~np.isnan(drawn).all(axis=0)
-    found[is_there] = np.nanquantile(drawn[:, is_there], q, axis=0)
-    return found
 
 
 def mean(data: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
