@@ -16,7 +16,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +34,8 @@ from lab.sweep import plan
 from lab.sweep.grid import Cell, of
 from lab.sweep.run import Batch, Failed, Walk
 from lab.sweep.scores import JudgeEncoder, Numbers, as_saved, measure
-from magicmix import Noise, text_to_image
+from magicmix import Denoiser, Noise, TextLayout, mix, text_to_image
+from scheduler import Schedule
 
 STYLES = ("3d", "flat", "cartoon", "retro")
 DRAWN = [f"a {name}" for name in "car house guitar crown rabbit mushroom rocket clock shoe horse".split()]
@@ -227,83 +227,112 @@ class Studio:
         asked = request.Request({"device": "cpu", "dtype": design.dtype}, {}, range(0), [], None, None)
         self.models = weights.load(**asked.loading() | {"free_after_use": False})
         self.encoder = JudgeEncoder()
-        self.alone, self.picture = lru_cache(maxsize=40)(self.alone), lru_cache(maxsize=None)(self.picture)
+        self.plain: dict[tuple[str, range], Tensor] = {}
+        self.trajectories: dict[tuple[str, range], dict[int, Tensor]] = {}
         self.calls = 0
 
     def count(self, calls: int) -> None:
         self.calls += calls
         self.report(calls)
 
-    def plain(self, prompt: str, seeds: Sequence[int], **given) -> Tensor:
-        """Text-to-image, as saved (B, 3, H, W)."""
-        *_, last = text_to_image(self.models, prompt, seeds=seeds, steps=self.design.steps, **given)
-        self.count(self.design.steps * len(seeds))
-        return as_saved(self.models, last.x)
+    def trajectory(self, prompt: str, seeds: range) -> dict[int, Tensor]:
+        """k -> x_k of a prompt alone, from T to 0; made once."""
+        key = prompt, seeds
+        if key not in self.trajectories:
+            eps = self.noise(seeds)()
+            steps = text_to_image(self.models, prompt, seeds=seeds, steps=self.design.steps)
+            self.trajectories[key] = {self.design.steps: eps} | {step.k: step.x for step in steps}
+            self.count(self.design.steps * len(seeds))
+        return self.trajectories[key]
 
-    def alone(self, prompt: str, seeds: int) -> Tensor:
-        return self.plain(prompt, range(seeds))
+    def noise(self, seeds: range) -> Noise:
+        return Noise(seeds, self.models.latent_size(self.models.size), self.models.device)
+
+    def alone(self, prompt: str, seeds: range) -> Tensor:
+        """Text-to-image, as saved (B, 3, H, W); made once."""
+        if (prompt, seeds) not in self.plain:
+            self.plain[prompt, seeds] = as_saved(self.models, self.trajectory(prompt, seeds)[0])
+        return self.plain[prompt, seeds]
 
     def picture(self, layout: str) -> Image.Image:
         """A layout's picture, from docs/layouts or drawn."""
         if layout in LAYOUTS:
             return pictures.open_layout(layout_path(layout)).picture
-        return pictures.to_images(self.plain(layout, [LAYOUT_SEED]))[0]
-
-    def given(self, case: Case, point: Point) -> dict:
-        """A grid point's options, as lab.sweep.grid.of takes them."""
-        axis = "layout_prompt" if case.kind == "text" else "layout"
-        given = {axis: [case.layout], "prompt": [case.prompt], "steps": [self.design.steps]}
-        given |= {"k_max": [point.k_max], "k_min": [point.k_min], "nu": [point.nu]}
-        if point.s != 1:
-            given["token_weights"] = [(case.concept, [point.s])]
-        return given | {"seed": range(point.seeds(self.design, case))}
+        return pictures.to_images(self.alone(layout, range(LAYOUT_SEED, LAYOUT_SEED + 1)))[0]
 
     def lanes(self, case: Case, points: Sequence[Point]) -> list[plan.Lane]:
-        """A case's grid points as a plan; a lane's cells have its point's number."""
-        cells = [Cell(i, cell.values) for i, point in enumerate(points) for cell in of(self.given(case, point)).cells()]
+        """A picture's grid points as a plan; a lane's cells have its point's number."""
+        cells = []
+        for i, point in enumerate(points):
+            given = {"layout": [case.layout], "prompt": [case.prompt], "steps": [self.design.steps]}
+            given |= {"k_max": [point.k_max], "k_min": [point.k_min], "nu": [point.nu]}
+            given |= {"token_weights": [(case.concept, [point.s])]} if point.s != 1 else {}
+            cells += [Cell(i, cell.values) for cell in of(given | {"seed": self.seeds(case, point)}).cells()]
         lanes, refused = plan.lanes(cells, self.models.defaults, case.seeds)
         for cell, reason in refused:
             raise ValueError(f"point {points[cell.number].key}: {reason}")
         return lanes
 
+    def seeds(self, case: Case, point: Point) -> range:
+        return range(point.seeds(self.design, case))
+
+    def mixing(self, point: Point) -> options.Options:
+        mixing = {"steps": self.design.steps, "k_max": point.k_max, "k_min": point.k_min, "nu": point.nu}
+        return options.of_mix(self.models.defaults, mixing)
+
     def loop(self, case: Case, point: Point) -> Tensor:
         """The final latents of a loop of lab/audit."""
-        models, seeds = self.models, range(point.seeds(self.design, case))
-        mixing = {"steps": self.design.steps, "k_max": point.k_max, "k_min": point.k_min, "nu": point.nu}
-        o = options.of_mix(models.defaults, mixing)
-        eps = Noise(seeds, models.latent_size(o.size), models.device)()
-        layout = pictures.fit(self.picture(case.layout), o.size)
+        models, o, seeds = self.models, self.mixing(point), self.seeds(case, point)
+        eps, layout = self.noise(seeds)(), pictures.fit(self.picture(case.layout), self.models.size)
         self.count(o.K_max * len(seeds))
         return Scene(models, o, case.prompt, layout, eps, eps).run(
             VARIANTS[point.loop]
-        )  # a picture's has no second eps
+        )  # a picture needs no second eps
+
+    def into_text(self, case: Case, point: Point) -> Tensor:
+        """The final latents of a mix into a prompt's trajectory, which all contents share."""
+        o, seeds, schedule = (
+            self.mixing(point),
+            self.seeds(case, point),
+            Schedule(self.models.schedule, self.design.steps),
+        )
+        layout = TextLayout(self.trajectory(case.layout, seeds))
+        *_, last = mix(
+            Denoiser(self.models, schedule, o, self.noise(seeds), case.prompt), layout, o.K_max, o.K_min, o.nu
+        )
+        self.count(o.K_max * len(seeds))
+        return last.x
+
+    def alone_with(self, case: Case, point: Point) -> Tensor:
+        """The final latents of text-to-image with a token weight."""
+        seeds, words = self.seeds(case, point), {case.concept: point.s}
+        *_, last = text_to_image(self.models, case.prompt, seeds=seeds, steps=self.design.steps, token_weights=words)
+        self.count(self.design.steps * len(seeds))
+        return last.x
 
     def anchor(self, case: Case, point: Point) -> Tensor:
         """One of the two pictures that a case's scores are anchored at, as saved (1 or B, 3, H, W)."""
         if point == ALONE or case.kind == "plain":
-            return self.alone(case.prompt, case.seeds)
+            return self.alone(case.prompt, range(case.seeds))
         if case.kind == "text":
-            return self.alone(case.layout, case.seeds)
+            return self.alone(case.layout, range(case.seeds))
         fitted = pictures.fit(self.picture(case.layout), self.models.size)
         return as_saved(self.models, self.models.vae.encode(fitted))
 
     def make(self, case: Case, points: Sequence[Point]) -> Iterator[tuple[Point, Tensor]]:
         """The pictures of a case's points, as saved (B, 3, H, W)."""
-        mixed = [point for point in points if point.is_grid and case.kind != "plain"]
-        if mixed:
-            names = {case.layout: self.picture(case.layout)} if case.kind == "mix" else {}
-            for end in Walk(self.models, Batch(case.seeds, False), names, self.count).run(self.lanes(case, mixed)):
-                point = mixed[end.lane.cells[0].number]
-                if isinstance(end, Failed):
-                    raise ValueError(f"case {case}, point {point.key}: {end.reason}")
-                yield point, as_saved(self.models, end.x)
+        grid = [point for point in points if point.is_grid and case.kind == "mix"]
+        pictures_ = {case.layout: self.picture(case.layout)} if grid else {}
+        for end in Walk(self.models, Batch(case.seeds, False), pictures_, self.count).run(self.lanes(case, grid)):
+            if isinstance(end, Failed):
+                raise ValueError(f"case {' '.join(case[:3])}: {end.reason}")
+            yield grid[end.lane.cells[0].number], as_saved(self.models, end.x)
         for point in points:
             if point in (LAYOUT, ALONE):
                 yield point, self.anchor(case, point)
-            elif point.loop:
-                yield point, as_saved(self.models, self.loop(case, point))
-            elif case.kind == "plain":
-                yield point, self.plain(case.prompt, range(case.seeds), token_weights={case.concept: point.s})
+            elif point not in grid:
+                of_kind = {"mix": self.loop, "text": self.into_text, "plain": self.alone_with}
+                yield point, as_saved(self.models, of_kind[case.kind](case, point))
 
     @torch.no_grad()
     def line(self, case: Case, points: Sequence[Point]) -> dict:
@@ -316,7 +345,7 @@ class Studio:
             entry = {"numbers": rounded(torch.stack([x.float() for x in measured], dim=1))}
             if case.has_style:
                 entry["vectors"] = rounded(self.style(shown))
-            elif case.kind == "plain" and point == ALONE:
+            elif case.kind == "plain" and point == ALONE:  # the likeness to every content's name
                 entry["vectors"] = rounded(self.encoder.images(shown) @ self.encoder.texts(CONTENTS).T)
             found[point.key] = entry
         return {"seconds": time.process_time() - began, "calls": self.calls, "points": found}
@@ -333,22 +362,23 @@ def rounded(x: Tensor) -> list[list[float]]:
 
 
 def calls(design: Design, needs: Needs, studio: Studio) -> tuple[int, int]:
-    """What is needed in UNet calls, one per step and picture, and in pictures to decode, where each plain picture is
-    made once."""
+    """What is needed in UNet calls, one per step and picture, and in pictures to decode and measure; each prompt's own
+    pictures are made once."""
     total, shown, plain = 0, 0, set()
     for case, points in needs.items():
-        drawn = case.kind == "mix" and case.layout not in LAYOUTS
-        plain |= {(case.layout, 1)} if drawn else {(case.layout, case.seeds)} if case.kind == "text" else set()
+        if case.kind == "mix" and case.layout not in LAYOUTS:
+            plain.add((case.layout, 1))
+        elif case.kind == "text":
+            plain.add((case.layout, case.seeds))
         if ALONE in points or case.kind == "plain":
             plain.add((case.prompt, case.seeds))
-        mixed = [point for point in points if point.is_grid and case.kind != "plain"]
-        total += plan.calls(studio.lanes(case, mixed))
+        grid = [point for point in points if point.is_grid and case.kind == "mix"]
+        total += plan.calls(studio.lanes(case, grid))
         for point in points:
-            if point.loop and point not in (LAYOUT, ALONE):
-                total += round(point.k_max * design.steps) * point.seeds(design, case)
-            elif point.is_grid and case.kind == "plain":
-                total += design.steps * case.seeds
-            shown += point.seeds(design, case)
+            count = point.seeds(design, case)
+            if point not in (LAYOUT, ALONE, *grid):
+                total += count * (design.steps if case.kind == "plain" else studio.mixing(point).K_max)
+            shown += count
     return total + sum(design.steps * count for _, count in plain), shown
 
 

@@ -20,13 +20,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from command import options, pictures
@@ -34,7 +35,20 @@ from lab.bench import page
 from lab.sheets import DOCS, LAYOUTS
 from lab.sweep import cases
 from lab.sweep.cases import ALONE, ANIMALS, CONTENTS, DRAWN, LAYOUT, OTHERS, STYLES, Case, Design, Needs, Point, Store
-from lab.sweep.scores import MARGIN, Interval, JudgeEncoder, Scores, anchored, average, bootstrap, mean, scores
+from lab.sweep.scores import (
+    MARGIN,
+    Interval,
+    JudgeEncoder,
+    Scores,
+    anchored,
+    as_saved,
+    average,
+    bootstrap,
+    mean,
+    measure,
+    scores,
+)
+from magicmix import text_to_image
 
 PAGE = DOCS / "claims.md"
 MIXED = 0.25  # of min(a, b): a picture that holds at least a quarter of both
@@ -697,28 +711,19 @@ def write(page_path: Path, store: Store, chosen: Sequence[Claim]) -> list[str]:
 
 
 def rate(studio: cases.Studio) -> tuple[float, float]:
-    """Seconds per UNet call and per picture that is decoded and measured, in a batch of eight on one thread."""
-    import torch
-
+    """Processor seconds per UNet call, one step of one picture in a batch of eight, and per picture that is decoded and
+    measured; on one thread."""
     torch.set_num_threads(1)
-    case, point = Case("plain", "", CONTENTS[0], 8), ALONE
-    studio.models.unet  # is loaded
-    from magicmix import text_to_image
-
-    def steps(count: int) -> tuple[float, object]:
-        began = time.process_time()
-        *_, last = text_to_image(studio.models, case.prompt, seeds=range(8), steps=count)
-        return time.process_time() - began, last
-
-    steps(2)
-    (short, last), (long, _) = steps(2), steps(12)
-    from lab.sweep.scores import as_saved, measure
-
-    began = time.process_time()
+    steps = text_to_image(studio.models, CONTENTS[0], seeds=range(8), steps=studio.design.steps)
+    next(steps)
+    times = [time.process_time()]
+    for _ in range(6):
+        step = next(steps)
+        times.append(time.process_time())
     with torch.no_grad():
-        shown = as_saved(studio.models, last.x)
-        measure(shown, shown[:1], studio.encoder.texts([case.concept])[0], studio.encoder)
-    return (long - short) / 80, (time.process_time() - began) / 8
+        pure = as_saved(studio.models, step.x)
+        measure(pure, pure[:1], studio.encoder.texts(CONTENTS[:1])[0], studio.encoder)
+    return (times[-1] - times[0]) / 6 / 8, (time.process_time() - times[-1]) / 8
 
 
 def plan_lines(store: Store, chosen: Sequence[Claim], processes: int) -> list[str]:

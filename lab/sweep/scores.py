@@ -146,15 +146,18 @@ class CLIPEncoder:
 def silhouettes(shown: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1], on white -> (B, H, W), where there is foreground: pixels whose darkest colour
     is more than FOREGROUND below white, and what they enclose. White things on white have none."""
-    white = (1 - shown.amin(dim=1, keepdim=True)) / 2 <= FOREGROUND + 1e-6  # (B, 1, H, W); 25 grey levels are white
-    white = F.pad(white.float(), (1, 1, 1, 1), value=1.0)
-    outside, grown = torch.zeros_like(white), torch.zeros_like(white)
-    grown[..., 0, :] = 1.0
-    while not torch.equal(outside, grown):  # white that is reached from the border, not across corners
-        outside = grown
-        across, down = F.max_pool2d(outside, (1, 3), 1, (0, 1)), F.max_pool2d(outside, (3, 1), 1, (1, 0))
-        grown = torch.maximum(across, down) * white
-    return outside[:, 0, 1:-1, 1:-1] == 0
+    is_white = (1 - shown.amin(dim=1)) / 2 <= FOREGROUND + 1e-6  # (B, H, W); 25 grey levels below are white
+    is_white = F.pad(is_white, (1, 1, 1, 1), value=True)
+    outside, before = torch.zeros_like(is_white), None
+    outside[:, 0] = True
+    while before is None or not torch.equal(outside, before):  # white that is reached from there, not across corners
+        before = outside.clone()
+        outside[:, 1:] |= before[:, :-1]
+        outside[:, :-1] |= before[:, 1:]
+        outside[:, :, 1:] |= before[:, :, :-1]
+        outside[:, :, :-1] |= before[:, :, 1:]
+        outside &= is_white
+    return ~outside[:, 1:-1, 1:-1]
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def histogram(shown: Tensor, foreground: Tensor) -> Tensor:
     are none."""
     bins = ((shown + 1) / 2 * COLOURS).long().clamp(0, COLOURS - 1)  # (B, 3, H, W)
     number = (bins[:, 0] * COLOURS + bins[:, 1]) * COLOURS + bins[:, 2]  # (B, H, W)
-    counts = F.one_hot(number, COLOURS**3).mul(foreground[..., None]).flatten(1, 2).sum(dim=1)  # (B, 64)
+    counts = torch.zeros(len(shown), COLOURS**3).scatter_add_(1, number.flatten(1), foreground.flatten(1).float())
     return counts / foreground.sum(dim=(1, 2)).clamp(min=1)[:, None]
 
 
@@ -219,9 +222,9 @@ def measure(shown: Tensor, layout: Tensor, text: Tensor, encoder: Encoder) -> Nu
         layout: (1 or B, 3, H, W).
         text: the content's feature, (D,).
     """
-    count, layout = len(shown), layout.expand_as(shown)
-    features, own = encoder.images(shown), encoder.images(layout)  # (B, D)
-    ours, theirs = silhouettes(shown), silhouettes(layout)
+    count = len(shown)
+    features, own = encoder.images(shown), encoder.images(layout)  # (B, D), (1 or B, D)
+    ours, theirs = silhouettes(shown), silhouettes(layout)  # (B, H, W), (1 or B, H, W)
     (low, high), (layout_low, layout_high) = frequencies(shown), frequencies(layout)
     named = (features @ encoder.judge.texts.T).argmax(dim=1) if hasattr(encoder, "judge") else torch.full((count,), -1)
     alike = features @ features.T
