@@ -121,12 +121,14 @@ class Part:
         self.check_checkpoint()
         batch = sweep.ranks.from_first(self.batch)
         lanes, refused = plan.lanes(self.cells, self.models.defaults, batch.size)
-        if sweep.ranks.rank == 0:
-            for cell, reason in refused:
-                sweep.folder.record(0, cell=cell.number, status="failed", reason=reason)
         missing = [lane for lane in lanes if any(cell.number not in sweep.done for cell in lane.cells)]
         shares = plan.share(missing, world)
         sweep.tell(*self.models.notes, *self.cut_off(), *self.planned(lanes, missing, shares, batch))
+        if "plan" in sweep.given:
+            return
+        if sweep.ranks.rank == 0:
+            for cell, reason in refused:
+                sweep.folder.record(0, cell=cell.number, status="failed", reason=reason)
         self.bar = Bar(sweep, self.name, sum(map(plan.calls, shares)))
         self.walk = Walk(self.models, batch, report=self.bar.report, tell=self.bar.tell)
         with self.bar:
@@ -275,8 +277,8 @@ def begin(g: Grid, output: str, opened: list[Folder]) -> tuple[dict, dict]:
 
 def sweep(asked: dict, failed: list[int]) -> None:
     """Does what the command line asks for; appends how many cells failed. Raises ValueError or OSError."""
-    given = {name: value for name, value in asked.items() if name in (*SINGLE, "batch")}
-    options.check({name: value for name, value in given.items() if name != "batch"})
+    given = {name: value for name, value in asked.items() if name in (*SINGLE, "batch", "plan")}
+    options.check({name: value for name, value in given.items() if name in SINGLE})
     try:
         grid.BATCH.check(given.get("batch", 1))
     except ValueError as error:
@@ -285,6 +287,8 @@ def sweep(asked: dict, failed: list[int]) -> None:
     output = asked.get("output", "sweep")
     options.check({"output": output})
     joined = ranks.join(given.get("device", "auto"))
+    if "plan" in given:
+        return Sweep(g, given, joined, Folder(Path(output), g), read_files(g.axes), {}).run()
     opened: list[Folder] = []  # on rank 0, with its lock
     files, done = joined.from_first(partial(begin, g, output, opened))
     this = Sweep(g, given, joined, opened[0] if opened else Folder(Path(output), g), files, done)

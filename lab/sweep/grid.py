@@ -25,7 +25,7 @@ RANGE = re.compile(r"([^/]+?)\.\.([^/]+)(?:/(.+))?")
 WORD = "s "  # an axis of one word's token weight is called "s WORD"
 
 BATCH = Number(1, 1000, whole=True)  # pictures in one UNet call
-SINGLE = ("device", "quiet", "debug")  # options of the run that a sweep has too, with one value
+SINGLE = ("device", "quiet", "debug")  # options of magicmix.py's run that a sweep has too, with one value
 NOISE = ("noise", "noise_row", "seed")  # what a picture's noise comes from: the innermost axes
 LOADING = ("weights", "unet", "vae", "no_ema", "prediction", "upcast_attention", "dtype", "vae_dtype")  # the outermost
 INSTEAD = {
@@ -126,6 +126,7 @@ def parse(argv: Sequence[str], description: str, embedded: dict) -> dict:
     parser.add_argument("-o", "--output", metavar="FOLDER", help=folder)
     many = "pictures in one UNet call, at most [as many seeds as fit, up to 8; on a GPU up to 64 of all cells]"
     parser.add_argument("--batch", type=BATCH.parse, metavar="N", help=many)
+    parser.add_argument("--plan", action="store_true", help="tell how many UNet calls it takes, and make nothing")
     for name, facts in FACTS.items():
         kind, text = facts["kind"], facts["help"] + options.default_text(name, embedded)
         flags = options.flags(name) + (("--seeds",) if name == "seed" else ())

@@ -225,6 +225,8 @@ def test_a_half_done_folder_is_continued(whole, tmp_path, monkeypatch):
     assert picture_bytes(folder) == picture_bytes(whole) and index(folder) == lines
     assert times == {n: (folder / lines[n]["picture"]).stat().st_mtime_ns for n in kept}
     assert 0 < sum(calls) < first, "what is there is not made again"
+    part.write_bytes(part.read_bytes()[:-30])  # the line after it is not lost with it
+    assert sweep(*GRID, "-o", folder) == 0 and index(folder) == lines
     calls.clear()
     assert sweep(*GRID, "-o", folder) == 0 and not calls
 
@@ -382,6 +384,34 @@ def test_the_plan_is_told_first(tmp_path, capsys):
     assert main(arguments) == 0
     out, _ = capsys.readouterr()
     assert "12 of 12 pictures are there; 0 UNet calls are left" in out
+
+
+def test_a_plan_alone_writes_nothing(tmp_path, capsys):
+    arguments = [str(a) for a in GRID if a != "--quiet"]
+    assert main([*arguments, "--plan", "-o", str(tmp_path / "grid")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "2 x 2 cells, 3 seeds: 27 UNet calls instead of 48"
+    assert list(tmp_path.iterdir()) == []
+
+
+PAGE = (ROOT / "docs" / "sweep.md").read_text()
+
+
+def test_the_pages_commands_are_read():
+    blocks = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line.partition("-m lab.sweep")[2]) for line in blocks[0].splitlines()]
+    assert [len(grid.of(without_run(grid.parse(line, "", {})))) for line in lines] == [5 * 4 * 4, 2 * 2 * 2, 9]
+
+
+def without_run(given):
+    return {name: value for name, value in given.items() if name != "output"}
+
+
+def test_the_pages_python_runs(models, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(weights, "load", lambda: models)
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    exec(code.replace("[10]", "[2]"), {})
+    assert capsys.readouterr().out.splitlines()[0] == "0 0.5 torch.Size([4, 16, 16])"
 
 
 # ------------------------------------------------------------------------------------------- what other programs read

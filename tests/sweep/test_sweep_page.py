@@ -192,6 +192,7 @@ def wait_until(condition):
 @needs_chromium
 def test_failed_cells_are_listed(open_page):
     tab = open_page("grid")
+    assert tab.locator("#failed").is_visible()
     reasons = tab.locator("#reasons li").all_inner_texts()
     assert len(reasons) == 18 and all("k_min 0.7 is above k_max 0.6" in reason for reason in reasons)
     assert tab.locator(".tile .none").count() == 3
