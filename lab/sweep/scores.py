@@ -27,7 +27,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -51,6 +51,7 @@ FOREGROUND = 25 / 255  # how far below white a pixel's darkest colour must be
 BLOCK = 8  # pixels of a block's side whose average is the low frequencies'
 COLOURS = 4  # bins of each colour
 RESAMPLES = 1000
+PLAIN = ("steps", "guidance", "negative", "sampler", "eta", "size")  # options of a mix that text-to-image has too
 
 # --------------------------------------------------------------------------------------------------------- encoders
 
@@ -336,21 +337,22 @@ class Scorer:
     """
 
     def __init__(self, models: Checkpoint, encoder: Encoder):
-        self.models, self.encoder = models, encoder
-        self.plain = cache(self.plain)
+        self.models, self.encoder, self.made = models, encoder, {}
 
-    def plain(self, prompt: str, given: tuple[tuple[str, object], ...], row: Row) -> Tensor:
-        """Text-to-image (1, 3, H, W) from one row of noise."""
-        o = options.of_mix(self.models.defaults, dict(given))
-        noise = Onward(Draws([row], self.models.latent_size(o.size), self.models.device), 0)
-        *_, last = text_to_image(self.models, prompt, noise=noise, **dict(given))
-        return as_saved(self.models, last.x)
+    def plain(self, prompt: str, given: dict, row: Row) -> Tensor:
+        """Text-to-image (1, 3, H, W) from one row of noise; made once."""
+        key = prompt, json.dumps(given), row
+        if key not in self.made:
+            o = options.of_mix(self.models.defaults, given)
+            noise = Onward(Draws([row], self.models.latent_size(o.size), self.models.device), 0)
+            *_, last = text_to_image(self.models, prompt, noise=noise, **given)
+            self.made[key] = as_saved(self.models, last.x)
+        return self.made[key]
 
     def score(self, folder: Path, line: dict) -> dict[str, float]:
         """The numbers and scores of one line of the index. Raises ValueError or OSError."""
         given = line["options"]
-        plain = ("steps", "guidance", "negative", "sampler", "eta", "size")
-        shared = tuple((n, tuple(v) if isinstance(v, list) else v) for n, v in given.items() if n in plain)
+        shared = {name: value for name, value in given.items() if name in PLAIN}
         row = Row(**{n: given[n] for n in ("seed", "noise", "noise_row") if n in given})
         shown = pictures.open_layout(folder / line["picture"]).picture
         shown = pictures.fit(shown, shown.size[::-1])

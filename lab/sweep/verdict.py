@@ -130,20 +130,23 @@ def draw(path: Path, panels: Sequence[Panel | Scatter]) -> None:
             axis.plot(panel.xs, panel.ys, "o", markersize=3.5, alpha=0.6)
             axis.set(xlabel=panel.x, ylabel=panel.y)
         else:
-            is_number = not isinstance(panel.xs[0], str)
-            places = panel.xs if is_number else range(len(panel.xs))
-            for (name, found), style in zip(panel.curves.items(), ("o-", "s--", "^:", "v-.")):
-                style = style if is_number else style[0]
-                spread = np.abs(np.stack([found.value - found.low, found.high - found.value]))
-                axis.errorbar(places, found.value, spread, fmt=style, markersize=4, capsize=2.5, label=name)
-            axis.set(xlabel=panel.x)
-            axis.set_xticks(places, panel.xs if is_number else None)
-            if not is_number:
-                axis.set_xticks(places, panel.xs, rotation=30, ha="right")
-            axis.legend(fontsize=8)
+            draw_curves(axis, panel)
         axis.grid(alpha=0.3)
     pictures.replace(path, "output", lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     pyplot.close(figure)
+
+
+def draw_curves(axis, panel: Panel) -> None:
+    """A panel on matplotlib's axis; where x has names, without lines, side by side."""
+    has_names = isinstance(panel.xs[0], str)
+    places = np.arange(len(panel.xs)) if has_names else np.asarray(panel.xs)
+    for i, ((name, found), style) in enumerate(zip(panel.curves.items(), ("o-", "s--", "^:", "v-."))):
+        spread = np.abs(np.stack([found.value - found.low, found.high - found.value]))
+        style, x = (style[0], places + 0.12 * i) if has_names else (style, places)
+        axis.errorbar(x, found.value, spread, fmt=style, markersize=4, capsize=2.5, label=name)
+    axis.set(xlabel=panel.x)
+    axis.set_xticks(places, panel.xs, rotation=30 if has_names else 0, ha="right" if has_names else "center")
+    axis.legend(fontsize=8)
 
 
 def table(panel: Panel) -> list[str]:
