@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -349,8 +350,9 @@ class Scorer:
             self.made[key] = as_saved(self.models, last.x)
         return self.made[key]
 
-    def score(self, folder: Path, line: dict) -> dict[str, float]:
-        """The numbers and scores of one line of the index. Raises ValueError or OSError."""
+    def score(self, folder: Path, line: dict) -> dict[str, float | None]:
+        """The numbers and scores of one line of the index; None for scores that are left out. Raises ValueError or
+        OSError."""
         given = line["options"]
         shared = {name: value for name, value in given.items() if name in PLAIN}
         row = Row(**{n: given[n] for n in ("seed", "noise", "noise_row") if n in given})
@@ -367,9 +369,9 @@ class Scorer:
             Numbers(*(x.double().numpy() for x in measure(x, layout, text, self.encoder)))
             for x in (shown, layout, alone)
         )
-        found = scores(m, of_layout, of_alone)
-        named = {name: value.item() for name, value in zip(Numbers._fields, m) if name not in ("named", "apart")}
-        return named | {name: value.item() for name, value in zip(Scores._fields, found)}
+        numbers = {name: value.item() for name, value in zip(Numbers._fields, m) if name not in ("named", "apart")}
+        found = {name: value.item() for name, value in zip(Scores._fields, scores(m, of_layout, of_alone))}
+        return numbers | {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 @torch.no_grad()
@@ -400,20 +402,20 @@ def score(folder: Path, source: str | None) -> list[dict]:
 
 def tables(lines: list[dict]) -> list[str]:
     """A table in Markdown per axis that varies, with means and intervals over cases and seeds."""
-    axes = {n: list(dict.fromkeys(repr(line["options"].get(n)) for line in lines)) for n in lines[0]["options"]}
-    varied = {name: values for name, values in axes.items() if len(values) > 1 and name != "seed"} or {
-        "steps": ["None"]
-    }
+
+    def text(line: dict, axis: str) -> str:
+        return str(line["options"][axis])
+
+    axes = [axis for axis in lines[0]["options"] if axis != "seed"]
+    varied = [axis for axis in axes if len({text(line, axis) for line in lines}) > 1]
     out = []
-    for name, values in varied.items():
-        out += [f"| {name} | pictures | " + " | ".join(HEAD) + " |", "|---" * (len(HEAD) + 2) + "|"]
-        for value in values:
-            some = [line for line in lines if repr(line["options"].get(name)) == value]
-            data = crossed(some)  # (cases, seeds, 5)
-            there = int((~np.isnan(data[..., 0])).sum())
-            found = average(data, 2)
-            cells = [f"{v:.2f} ({low:.2f} .. {high:.2f})" for v, low, high in zip(*found)]
-            out.append(f"| {value.strip(chr(39))} | {there} of {len(some)} | " + " | ".join(cells) + " |")
+    for axis in varied or ["prompt"]:
+        out += [f"| {axis} | pictures | " + " | ".join(HEAD) + " |", "|---" * (len(HEAD) + 2) + "|"]
+        for value in dict.fromkeys(text(line, axis) for line in lines):
+            some = [line for line in lines if text(line, axis) == value]
+            there = sum(line["scores"]["a"] is not None for line in some)
+            cells = [f"{v:.2f} ({low:.2f} .. {high:.2f})" for v, low, high in zip(*average(crossed(some), 2))]
+            out.append(f"| {value} | {there} of {len(some)} | " + " | ".join(cells) + " |")
         out.append("")
     return out
 
@@ -428,18 +430,17 @@ def crossed(lines: list[dict]) -> np.ndarray:
     seeds = list(dict.fromkeys(line["options"]["seed"] for line in lines))
     data = np.full((len(cases), len(seeds), len(Scores._fields)), np.nan)
     for line in lines:
-        place = cases.index(case(line)), seeds.index(line["options"]["seed"])
-        data[place] = [line["scores"][name] for name in Scores._fields]
+        found = [line["scores"][name] for name in Scores._fields]
+        data[cases.index(case(line)), seeds.index(line["options"]["seed"])] = np.array(found, dtype=float)  # None: NaN
     return data
 
 
 def show(folder: Path, source: str | None) -> None:
     lines = score(folder, source)
-    content = "".join(json.dumps(line) + "\n" for line in lines).replace("NaN", "null").encode()
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     pictures.replace(folder / "scores.jsonl", "output", lambda file: file.write(content))
-    machine.show(
-        [*tables(lines), "pictures whose anchors are too near each other are left out", str(folder / "scores.jsonl")]
-    )
+    left_out = f"Left out of the tables are pictures whose anchors are less than {MARGIN:g} apart."
+    machine.show([*tables(lines), left_out, str(folder / "scores.jsonl")])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
