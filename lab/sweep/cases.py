@@ -68,7 +68,7 @@ class Design:
     dtype: str = "fp32"
 
 
-SMALL = {"layouts": 1, "contents": 2, "animals": 2, "others": 2, "seeds": 1, "fewer": 1, "steps": 6}
+SMALL = {"layouts": 1, "contents": 2, "animals": 2, "others": 2, "seeds": 1, "fewer": 1, "steps": 4}
 
 
 class Point(NamedTuple):

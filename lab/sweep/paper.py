@@ -14,7 +14,7 @@ from lab.sheets import LAYOUTS
 from lab.sweep import cases
 from lab.sweep.cases import ALONE, ANIMALS, CONTENTS, DRAWN, LAYOUT, OTHERS, STYLES, Case, Design, Needs, Point, Store
 from lab.sweep.scores import MARGIN, JudgeEncoder, Scores, anchored, mean, scores
-from lab.sweep.verdict import Condition, Panel, Result, Scatter, Verdict, curve, scalar, spearman
+from lab.sweep.verdict import Condition, Panel, Result, Scatter, Verdict, curve, scalar, several, size, spearman
 
 MIXED = 0.25  # of min(a, b): a picture that holds at least a quarter of both
 NAMED, LEFT_OUT = 0.8, 0.25  # the judge must name so many contents alone, and so many scores may be missing at most
@@ -75,9 +75,13 @@ def left_out(found: np.ndarray) -> str:
     return f"{int(is_out.sum()):,} of {is_out.size:,} are left out, whose anchors are less than {MARGIN:g} apart."
 
 
-def rises(means: np.ndarray) -> float:
-    """The largest rise from a point to the next."""
-    return float(np.diff(means).max())
+def no_rise(what: str, axis: str, xs: Sequence[float], data: np.ndarray, axes: int) -> list[Condition]:
+    """That the means of the points, on the data's last axis, rise by at most 0.02 from each to the next."""
+    found = several(lambda data: np.diff(mean(data, axes)), data, axes)
+    return [
+        Condition(f"{what} rises from {axis} {x:g} to {y:g} by", rise, 0.02, False)
+        for x, y, rise in zip(xs, xs[1:], found)
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- the claims
@@ -123,11 +127,11 @@ def needs_2(design: Design) -> Needs:
 def result_2(store: Store) -> Result:
     grid, seeds = crossed(store.design), store.design.seeds
     ab, m = score(store, grid, K_MINS, seeds), store.numbers(grid, K_MINS, seeds)
+    xs = [point.k_min for point in K_MINS]
     conditions = [
         Condition("a at k_min 0 less a at 0.6", scalar(lambda d: mean(d, 3)[0] - mean(d, 3)[-1], ab.a, 3), 0.1, True),
-        Condition("largest rise of a to the next k_min", scalar(lambda d: rises(mean(d, 3)), ab.a, 3), 0.02, False),
+        *no_rise("a", "k_min", xs, ab.a, 3),
     ]
-    xs = [point.k_min for point in K_MINS]
     panels = [
         Panel("k_min", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
                             "2ab / (a + b)": curve(ab.harmonic, 3)}),
@@ -140,10 +144,11 @@ def needs_3(design: Design) -> Needs:
     return each(crossed(design), [*ANCHORS, *NUS])
 
 
-def bend(means: np.ndarray) -> float:
-    """The largest distance of a curve over NU from the line between its ends, as a share of their difference."""
+def bends(means: np.ndarray) -> np.ndarray:
+    """How far a curve over NU is from the line between its ends, at the inner points, as a share of their
+    difference."""
     line = means[0] + (means[-1] - means[0]) * np.asarray(NU)
-    return float(np.abs(means - line).max() / abs(means[-1] - means[0]))
+    return (means - line)[1:-1] / abs(means[-1] - means[0])
 
 
 def result_3(store: Store) -> Result:
@@ -152,10 +157,12 @@ def result_3(store: Store) -> Result:
     d = ab.difference
     ordered = [
         Condition("a - b at nu 0 less that at nu 1", scalar(lambda d: mean(d, 3)[0] - mean(d, 3)[-1], d, 3), 0.5, True),
-        Condition("largest rise of a - b to the next nu", scalar(lambda d: rises(mean(d, 3)), d, 3), 0.02, False),
+        *no_rise("a - b", "nu", NU, d, 3),
     ]
-    text = "largest distance from the line, as a share of the whole"
-    linear = [Condition(text, scalar(lambda d: bend(mean(d, 3)), d, 3), 0.1, False)]
+    linear = [
+        Condition(f"distance from the line at nu {nu:g}, as a share of the whole", size(found), 0.1, False)
+        for nu, found in zip(NU[1:-1], several(lambda d: bends(mean(d, 3)), d, 3))
+    ]
     panels = [
         Panel("nu", NU, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
                          "2ab / (a + b)": curve(ab.harmonic, 3)}),
@@ -267,7 +274,7 @@ def result_7(store: Store) -> Result:
         Condition("B at s = -1", scalar(partial(at, -1), data, 2), 0.1, False),
         Condition("B at s = 0", scalar(partial(at, 0), data, 2), 0.1, False),
         Condition("B at s = 2 less that at 1", scalar(partial(stronger, WORDS), data, 2), 0.02, True),
-        Condition("largest fall of B to the next s", scalar(lambda d: rises(-mean(d, 2)), data, 2), 0.02, False),
+        *no_rise("-B", "s", WORDS, -data, 2),
         Condition("in mixes, b at s = -1", scalar(lambda d: mean(d[..., 0], 2), ab.b, 2), 0.1, False),
         Condition("in mixes, b at s = 2 less that at 1", scalar(partial(stronger, WORDS_MIXED), ab.b, 2), 0.02, True),
     ]

@@ -77,6 +77,19 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
+def several(statistic: Callable[[np.ndarray], np.ndarray], data: np.ndarray, axes: int) -> list[Interval]:
+    """Of a statistic that is an array (n,), an interval each. A largest value of several would not do in its place:
+    chance alone moves it up."""
+    return [Interval(*map(float, found)) for found in zip(*bootstrap(statistic, data, axes))]
+
+
+def size(found: Interval) -> Interval:
+    """Of a signed quantity's interval, that of its absolute value."""
+    low, high = abs(found.low), abs(found.high)
+    is_across = found.low <= 0 <= found.high
+    return Interval(abs(found.value), 0.0 if is_across else min(low, high), max(low, high))
+
+
 # ---------------------------------------------------------------------------------------------------- plots and tables
 
 

@@ -301,7 +301,7 @@ def test_a_sweep_is_scored(tmp_path, models, kind, capsys, small_clip):
     judge = Judge()
 
     def plain(prompt, seed):
-        *_, last = magicmix.text_to_image(models, prompt, seeds=[seed], steps=4)
+        *_, last = magicmix.text_to_image(models, prompt, seeds=[seed], steps=3)
         return magicmix.decode(models, last.x)[0]
 
     def features(picture):
