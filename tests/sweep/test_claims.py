@@ -114,8 +114,10 @@ def test_claim_2(tmp_path):
     not_known = lambda case, point: {"named": 137.0} if point == ALONE else falling(case, point)
     found = made_up(tmp_path, 2, not_known)
     assert words(found) == [OPEN] and "the judge names 0% of the contents alone" in found.verdicts[0].check
-    near = lambda case, point: {"A": 0.9} if point == ALONE else falling(case, point)
-    assert words(made_up(tmp_path, 2, near)) == [OPEN]
+    near = lambda case, point: {"A": 0.9} if point == ALONE and case.layout in cases.DRAWN else falling(case, point)
+    found = made_up(tmp_path, 2, near)
+    assert words(found) == [OPEN] and "50% of the scores are left out" in found.verdicts[0].check
+    assert found.left_out == "48 of 96 are left out, whose anchors are less than 0.2 apart."
 
 
 def test_claim_3(tmp_path):
