@@ -90,8 +90,8 @@ class Point(NamedTuple):
 
     def seeds(self, design: Design, case: "Case") -> int:
         """How many of the case's seeds it has."""
-        is_other = self.is_grid and self.s == 1 or self in (LAYOUT, ALONE) or case.kind == "plain"
-        return case.seeds if is_other else min(case.seeds, design.fewer)
+        has_all = (self.is_grid and self.s == 1) or self in (LAYOUT, ALONE) or case.kind == "plain"
+        return case.seeds if has_all else min(case.seeds, design.fewer)
 
 
 LAYOUT, ALONE = Point(loop="layout"), Point(loop="content alone")

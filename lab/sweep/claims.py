@@ -182,10 +182,11 @@ def claims(asked: argparse.Namespace) -> None:
         needs = cases.merged([claim.needs(design) for claim in asked.only])
         left = store.missing(needs)
         print(f"{len(needs) - len(left):,} of {len(needs):,} cases are there", flush=True)
-        with tqdm(total=len(left), unit="case", disable=asked.quiet) as bar:
-            for case, _ in cases.run(store, needs, asked.processes):
+        calls, _ = cases.calls(design, left, cases.Studio(design))
+        with tqdm(total=calls, unit="call", disable=asked.quiet) as bar:
+            for case, line in cases.run(store, needs, asked.processes):
                 bar.set_postfix_str(" ".join(case[:3]))
-                bar.update()
+                bar.update(min(line["calls"], calls - bar.n))  # each process makes a prompt's own pictures once
     machine.show(write(asked.page, store, asked.only))
     print(asked.page)
 

@@ -47,7 +47,7 @@ from lab.training.judge import Judge
 from magicmix import decode, text_to_image
 from weights import Checkpoint
 
-MARGIN = 0.2  # of A or B between the anchors; below it, what a seed makes of them would be a large share
+MARGIN = 0.2  # of the judge's A or B between the anchors; below it, what a seed makes of them would be a large share
 FOREGROUND = 25 / 255  # how far below white a pixel's darkest colour must be
 BLOCK = 8  # pixels of a block's side whose average is the low frequencies'
 COLOURS = 4  # bins of each colour
@@ -63,10 +63,12 @@ class Encoder(Protocol):
     Attributes:
         name: for tables.
         limits: what it cannot tell, in a sentence.
+        margins: of A and of B, how far apart two anchors must be.
     """
 
     name: str
     limits: str
+    margins: tuple[float, float]
 
     def images(self, shown: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> unit features (B, D)."""
@@ -79,7 +81,8 @@ class JudgeEncoder:
     """lab/training's judge, for the embedded checkpoint."""
 
     name = "the embedded judge"
-    limits = "It knows emoji of 138 concepts and nothing else, names them whatever their place, colour and style."
+    limits = "It knows emoji of 138 concepts and nothing else, and names them whatever their place, colour and style."
+    margins = MARGIN, MARGIN
 
     def __init__(self):
         self.judge = Judge()
@@ -113,6 +116,7 @@ class CLIPEncoder:
     """
 
     limits = "It was trained on photographs with captions, and weighs things more than places."
+    margins = 0.1, 0.03  # its cosines lie closer together, those of pictures and texts within some tenths
 
     def __init__(self, source: str):
         from transformers import CLIPConfig, CLIPModel, CLIPProcessor
@@ -269,10 +273,10 @@ def anchored(value: np.ndarray, zero: np.ndarray, one: np.ndarray, margin: float
     return np.where(is_wide, value - zero, np.nan) / np.where(is_wide, apart, 1)
 
 
-def scores(m: Numbers, layout: Numbers, alone: Numbers) -> Scores:
+def scores(m: Numbers, layout: Numbers, alone: Numbers, margins: tuple[float, float] = JudgeEncoder.margins) -> Scores:
     """The scores of mixtures from their numbers and those of their anchors, arrays of shapes that broadcast. NaN, all
-    five, where either pair of anchors is nearer than MARGIN. 2ab / (a + b) is 0 where a or b is not above 0."""
-    a, b = anchored(m.A, alone.A, layout.A, MARGIN), anchored(m.B, layout.B, alone.B, MARGIN)
+    five, where either pair of anchors is nearer than its margin. 2ab / (a + b) is 0 where a or b is not above 0."""
+    a, b = anchored(m.A, alone.A, layout.A, margins[0]), anchored(m.B, layout.B, alone.B, margins[1])
     a, b = np.where(np.isnan(b), np.nan, a), np.where(np.isnan(a), np.nan, b)
     both = np.minimum(a, b)
     is_mixed = both > 0
@@ -370,12 +374,15 @@ class Scorer:
             for x in (shown, layout, alone)
         )
         numbers = {name: value.item() for name, value in zip(Numbers._fields, m) if name not in ("named", "apart")}
-        found = {name: value.item() for name, value in zip(Scores._fields, scores(m, of_layout, of_alone))}
+        found = {
+            name: value.item()
+            for name, value in zip(Scores._fields, scores(m, of_layout, of_alone, self.encoder.margins))
+        }
         return numbers | {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 @torch.no_grad()
-def score(folder: Path, source: str | None) -> list[dict]:
+def score(folder: Path, encoder: Encoder) -> list[dict]:
     """The index's lines of the pictures that are there, each with its scores. Raises ValueError or OSError."""
     index = folder / "index.jsonl"
     if not index.is_file():
@@ -384,11 +391,10 @@ def score(folder: Path, source: str | None) -> list[dict]:
     lines = [line for line in lines if line["status"] == "made"]
     if not lines:
         raise ValueError(f"folder {str(folder)!r} has no picture that was made; run its sweep first")
-    encoder = CLIPEncoder(source) if source else JudgeEncoder()
     scorers = {}
     for line in tqdm(lines, unit="picture"):
         loading = {name: value for name, value in line["options"].items() if name in LOADING}
-        if not source and loading.keys() & {"weights", "unet", "vae"}:
+        if isinstance(encoder, JudgeEncoder) and loading.keys() & {"weights", "unet", "vae"}:
             raise ValueError(
                 "encoder is missing: the judge knows the embedded checkpoint's pictures only; give --encoder"
             )
@@ -436,11 +442,13 @@ def crossed(lines: list[dict]) -> np.ndarray:
 
 
 def show(folder: Path, source: str | None) -> None:
-    lines = score(folder, source)
+    encoder = CLIPEncoder(source) if source else JudgeEncoder()
+    lines = score(folder, encoder)
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     pictures.replace(folder / "scores.jsonl", "output", lambda file: file.write(content))
-    left_out = f"Left out of the tables are pictures whose anchors are less than {MARGIN:g} apart."
-    machine.show([*tables(lines), left_out, str(folder / "scores.jsonl")])
+    apart = " or ".join(f"{margin:g} in {name}" for margin, name in zip(encoder.margins, "AB"))
+    left_out = f"Left out of the tables are pictures whose anchors are less than {apart} apart."
+    machine.show([*tables(lines), left_out, f"{encoder.name}: {encoder.limits}", str(folder / "scores.jsonl")])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,6 +74,8 @@ def test_anchors_that_are_too_near_are_left_out():
     alone = given([0, 0, 0, 0], [1, 1, MARGIN - 1e-6, 1])
     for values in scores(m, layout, alone):
         assert np.isnan(values).tolist() == [False, True, True, True]
+    near = given(1, 0), given(0.85, 0.05)
+    assert np.isnan(scores(given(1, 0), *near).a) and not np.isnan(scores(given(1, 0), *near, CLIPEncoder.margins).a)
     assert not np.isnan(anchored(0.1, 0.0, MARGIN, MARGIN))
     assert math.isnan(anchored(0.1, 0.0, 0.0))
 
