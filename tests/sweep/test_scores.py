@@ -291,7 +291,7 @@ def test_a_sweep_is_scored(tmp_path, models, kind, capsys, small_clip):
         "--seeds",
         "0..1",
         "--steps",
-        "6",
+        "4",
         "-o",
         tmp_path / "s",
         "--quiet",
@@ -303,7 +303,7 @@ def test_a_sweep_is_scored(tmp_path, models, kind, capsys, small_clip):
     judge = Judge()
 
     def plain(prompt, seed):
-        *_, last = magicmix.text_to_image(models, prompt, seeds=[seed], steps=3)
+        *_, last = magicmix.text_to_image(models, prompt, seeds=[seed], steps=4)
         return magicmix.decode(models, last.x)[0]
 
     def features(picture):
