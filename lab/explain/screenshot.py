@@ -4,13 +4,15 @@ python -m lab.explain.screenshot page.html [--output docs/explain.png] [--k 18] 
 """
 
 import argparse
+import contextlib
 import io
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 from command import machine, pictures
 
@@ -18,9 +20,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
          "--disable-sync", "--no-first-run"]  # fmt: skip
 
 
-def take(page: Path, k: int, size: tuple[int, int]) -> Image.Image:
-    """The top of a page at step k of the mix, in a window of `size` = (width, height). Raises FileNotFoundError or
-    ValueError."""
+@contextlib.contextmanager
+def opened(page: Path, size: tuple[int, int]) -> Iterator[Page]:
+    """A page in Chromium, in a window of `size` = (width, height). Raises FileNotFoundError or ValueError."""
     pictures.must_be_file(page, "page", "make page writes one")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -29,15 +31,25 @@ def take(page: Path, k: int, size: tuple[int, int]) -> Image.Image:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         tab = browser.new_page(viewport={"width": size[0], "height": size[1]})
         tab.goto(page.resolve().as_uri())
-        tab.wait_for_selector("#maps canvas")
-        tab.keyboard.press("Home")
-        while tab.inner_text("#readout b") != f"k = {k}":
-            if tab.is_disabled("#next"):
-                raise ValueError(f"k {k} is no step of this page")
-            tab.click("#next")
-        content = tab.screenshot()
+        yield tab
         browser.close()
-    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def write(tab: Page, output: Path) -> None:
+    """Writes what is to be seen, in 256 colours. Raises OSError."""
+    picture = Image.open(io.BytesIO(tab.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    pictures.replace(output, "output", lambda file: picture.save(file, "PNG", optimize=True))
+    print(output)
+
+
+def go_to(tab: Page, k: int) -> None:
+    """Moves the page to step k of the mix. Raises ValueError."""
+    tab.wait_for_selector("#maps canvas")
+    tab.keyboard.press("Home")
+    while tab.inner_text("#readout b") != f"k = {k}":
+        if tab.is_disabled("#next"):
+            raise ValueError(f"k {k} is no step of this page")
+        tab.click("#next")
 
 
 def main() -> int:
@@ -50,9 +62,9 @@ def main() -> int:
     args = parser.parse_args()
 
     def work() -> None:
-        picture = take(args.page, args.k, (args.width, args.height)).quantize(256, dither=Image.Dither.NONE)
-        pictures.replace(args.output, "output", lambda file: picture.save(file, "PNG", optimize=True))
-        print(args.output)
+        with opened(args.page, (args.width, args.height)) as tab:
+            go_to(tab, args.k)
+            write(tab, args.output)
 
     return machine.run("lab.explain.screenshot", work)
 

@@ -202,10 +202,11 @@ class Part:
             if isinstance(made, str):
                 self.sweep.folder.record(rank, cell=cell.number, status="failed", reason=made)
                 continue
-            pictures.save(made[row], self.sweep.folder.picture(cell), self.metadata(cell, end.lane.o))
+            metadata = self.metadata(cell, end.lane.o)
+            pictures.save(made[row], self.sweep.folder.picture(cell), metadata)
             batch = [[len(list(run)), size] for size, run in groupby(end.sizes)]
-            facts = {"status": "made", "batch": batch, "checkpoint": self.identity}
-            self.sweep.folder.record(rank, cell=cell.number, **facts)
+            facts = {"parameters": metadata["parameters"], "batch": batch, "checkpoint": self.identity}
+            self.sweep.folder.record(rank, cell=cell.number, status="made", **facts)
 
     def decoded(self, ends: list[Done]) -> list[list]:
         """The pictures of a lane, in one batch, as magicmix.py decodes them; lanes that end alike share them."""
@@ -267,16 +268,10 @@ def read_files(axes: dict[str, list]) -> dict[str, pictures.Layout | noise_files
     return layouts | noise
 
 
-def begin(g: Grid, output: str, opened: list[Folder]) -> tuple[dict, dict]:
-    """What rank 0 does before all others: it reads the files and opens the folder, which it appends. Returns the files
-    and the records of the cells that are there. Raises ValueError or OSError."""
-    files = read_files(g.axes)
-    opened.append(open_folder(output, g, {name: file.sha256 for name, file in files.items()}))
-    return files, {number: r for number, r in opened[0].records().items() if r["status"] == "made"}
-
-
-def sweep(asked: dict, failed: list[int]) -> None:
-    """Does what the command line asks for; appends how many cells failed. Raises ValueError or OSError."""
+def begin(asked: dict, opened: list[Folder]) -> tuple:
+    """What rank 0 does before all others: it checks what is asked for, reads the files, and opens the folder, which it
+    appends, unless the plan alone is wanted. Returns the arguments of Sweep but for the ranks, and the folder by its
+    name. Raises ValueError or OSError."""
     given = {name: value for name, value in asked.items() if name in (*SINGLE, "batch", "plan")}
     options.check({name: value for name, value in given.items() if name in SINGLE})
     try:
@@ -286,15 +281,22 @@ def sweep(asked: dict, failed: list[int]) -> None:
     g = grid.of({name: value for name, value in asked.items() if name not in (*given, "output")})
     output = asked.get("output", "sweep")
     options.check({"output": output})
-    joined = ranks.join(given.get("device", "auto"))
-    if "plan" in given:
-        return Sweep(g, given, joined, Folder(Path(output), g), read_files(g.axes), {}).run()
+    files, done = read_files(g.axes), {}
+    if "plan" not in given:
+        opened.append(open_folder(output, g, {name: file.sha256 for name, file in files.items()}))
+        done = {number: record for number, record in opened[0].records().items() if record["status"] == "made"}
+    return g, given, output, files, done
+
+
+def sweep(asked: dict, failed: list[int]) -> None:
+    """Does what the command line asks for; appends how many cells failed. Raises ValueError or OSError."""
+    joined = ranks.join(asked.get("device", "auto"))
     opened: list[Folder] = []  # on rank 0, with its lock
-    files, done = joined.from_first(partial(begin, g, output, opened))
-    this = Sweep(g, given, joined, opened[0] if opened else Folder(Path(output), g), files, done)
     try:
+        g, given, output, files, done = joined.from_first(partial(begin, asked, opened))
+        this = Sweep(g, given, joined, opened[0] if opened else Folder(Path(output), g), files, done)
         this.run()
-        if joined.rank == 0:
+        if joined.rank == 0 and "plan" not in given:
             failed.append(this.finish())
     finally:
         joined.leave()
@@ -307,8 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with speaks:
         asked = grid.parse(argv, __doc__, weights.own_options(weights.TINY))
     failed: list[int] = []
+    quiet = asked.get("quiet", False) or not ranks.is_first()
     try:
-        code = machine.run("lab.sweep", lambda: sweep(asked, failed), asked.get("quiet", False) or not ranks.is_first())
+        code = machine.run("lab.sweep", lambda: sweep(asked, failed), quiet, asked.get("debug", False))
     except ranks.Elsewhere:
         return 2
     return code or int(sum(failed) > 0)

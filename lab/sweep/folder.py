@@ -62,16 +62,17 @@ class Folder:
             file.write(json.dumps(facts).encode() + b"\n")
 
     def records(self) -> dict[int, dict]:
-        """The last line of every cell, by its number; a cell that was made and whose picture is gone has none."""
+        """A line of every cell, by its number: the last, but one that says that it was made wins. A cell that was made
+        and whose picture is gone has none."""
         found = {}
         for path in sorted((self.path / "parts").glob("*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
                     record = json.loads(line)
-                    number = record["cell"]
+                    number, status = record["cell"], record["status"]
                 except (ValueError, KeyError, TypeError):
                     continue
-                if number not in found or found[number]["status"] != "made":
+                if status == "made" or found.get(number, record)["status"] != "made":
                     found[number] = record
         there = {path.name for path in (self.path / "pictures").iterdir()}
         cells = {cell.number: cell for cell in self.grid.cells() if cell.number in found}

@@ -116,9 +116,9 @@ class Track:
         self.k -= 1
         self.sizes.append(size)
 
-    def branch(self, to: int = 0) -> "Track":
-        """The content alone, from here on."""
-        return Track(self.x, self.k, to, replace(self.noise), list(self.sizes))
+    def branch(self) -> "Track":
+        """The content alone, from here down to 0."""
+        return Track(self.x, self.k, 0, replace(self.noise), list(self.sizes))
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Mixture(Track):
     """A stretch in which a layout is mixed in.
 
     Attributes:
-        layout: k -> layout_k, for k from `lowest` on.
+        layout: k -> layout_k, for k down to the lowest K_min.
         nu: the content's share.
         K_mins: where contents part from it.
         ends: K_min -> the track that has parted there: after the step from x_{K_min}, which is not mixed any more.
@@ -138,6 +138,10 @@ class Mixture(Track):
     ends: dict[int, Track] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.end_at_0()
+
+    def end_at_0(self) -> None:
+        """At K_min = 0 the end is the mixture itself."""
         if self.k == 0 and 0 in self.K_mins:
             self.ends[0] = self.branch()
 
@@ -149,7 +153,7 @@ class Mixture(Track):
         if self.k >= min(self.K_mins):  # one step of `mix`, which starts from x_k
             pair = TextLayout({self.k + 1: before, self.k: self.layout(self.k)})
             self.x = next(mix(lambda *_: (x_content, x0), pair, self.k + 1, 0, self.nu)).x
-        self.__post_init__()
+        self.end_at_0()
 
 
 class Company:
@@ -174,6 +178,7 @@ def advance(denoise: Denoiser, tracks: Sequence[Track], report: Callable[[int], 
         for track, *parts in zip(now, x_content.split(rows), x0.split(rows)):
             track.take(*parts, sum(rows))
         report(sum(rows))
+    denoise.noise.tracks = []  # they are large
 
 
 # ------------------------------------------------------------------------------------------------------------ the walk
@@ -287,6 +292,7 @@ class Grown:
                 self.latents[step.k] = step.x
                 self.sizes.append(len(step.x))
                 walk.report(len(step.x))
+            along.noise.tracks = []
 
     def layout(self, name: str) -> Callable[[int], Tensor]:
         """k -> layout_k."""

@@ -23,7 +23,8 @@ def entries(folder: Folder, records: dict[int, dict]) -> list[dict]:
         name = folder.name(cell)
         entry = {"cell": cell.number, "status": record["status"], "options": cell.given, "command": cell.command(name)}
         if record["status"] == "made":
-            entry |= {"picture": f"pictures/{name}", "batch": record["batch"], "checkpoint": record["checkpoint"]}
+            entry |= {"picture": f"pictures/{name}"}
+            entry |= {key: record[key] for key in ("parameters", "batch", "checkpoint")}
         elif record["status"] == "failed":
             entry |= {"reason": record["reason"]}
         found.append(entry)

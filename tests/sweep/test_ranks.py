@@ -137,11 +137,19 @@ def test_one_ranks_failure_leaves_the_others_work(whole, tmp_path):
     assert picture_bytes(folder) == whole
 
 
-def test_bad_input_is_told_once(tmp_path):
-    arguments = ["a tiger", "--layout", "missing.png", *FAST]
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layout", "missing.png"], "layout 'missing.png' does not exist"),
+        (["--layout", str(LAYOUT), "--nu", "2"], "nu 2.0 is out of range"),
+        (["--layout", str(LAYOUT), "--nu", "0.9..0.5"], "range '0.9..0.5' is empty"),
+    ],
+)
+def test_bad_input_is_told_once(more, message, tmp_path):
+    arguments = ["a tiger", *more, *FAST]
     assert ends(start(3, arguments, tmp_path / "grid")) == [2, 2, 2]
     said = [Path(f"{tmp_path / 'grid'}.{rank}.err").read_text() for rank in range(3)]
-    assert said[1:] == ["", ""] and said[0].count("\n") == 1 and "layout 'missing.png' does not exist" in said[0]
+    assert said[1:] == ["", ""] and said[0].count("\n") == 1 and message in said[0]
 
 
 def test_torchrun_itself(tmp_path):

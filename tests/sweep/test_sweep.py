@@ -80,6 +80,7 @@ def test_every_cell_is_what_magicmix_makes(case, tmp_path, monkeypatch):
         made[line["cell"]] = ours.read_bytes()
         assert ours.read_bytes() == theirs.read_bytes(), line["command"]
         assert [size for _, size in line["batch"]] in ([3], [])
+        assert line["parameters"] == json.loads(Image.open(ours).info["magicmix"])["parameters"]
     differing = {data for data in made.values()}
     assert len(differing) == len(made), "the options do change the pictures, or what stands in them"
 
