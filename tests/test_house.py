@@ -93,8 +93,11 @@ def test_the_readme_quotes_the_code():
         assert quoted in (ROOT / file).read_text(), (file, quoted)
 
 
+PAGES = [path for folder in (".", "docs", "weights/tiny", "lab/port") for path in (ROOT / folder).glob("*.md")]
+
+
 def test_the_readme_names_files_that_exist():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "weights" / "tiny" / "README.md"]:
+    for page in PAGES:
         prose = re.sub(r"`[^`]*`", "", page.read_text())  # code may look like a link
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", prose):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
@@ -110,5 +113,5 @@ def prose(path):
 
 
 def test_prose_has_lines_that_fit():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "weights" / "tiny" / "README.md"]:
+    for page in PAGES:
         assert [line for line in prose(page) if len(line) > 120] == [], page

@@ -121,7 +121,7 @@ MODELS = (
         units={"text_encoder": TEXT_UNITS, "unet": unet_units(1, 0), "vae": VAE_UNITS},
         square=(16, 16),
         oblong=(11, 14),
-        vae=(5, 7),
+        vae=(3, 5),
         size=(128, 128),
         mixes={
             "image": Mix(prompt="a tiger", steps=50, k_max=0.6, k_min=0.15),

@@ -36,8 +36,9 @@ class Finding:
 
     name: str
     module: str  # what it is the output of, in words
-    error: float | None  # of the largest value; for pictures, grey levels; None where there is nothing to compare
+    error: float | None  # None where there is nothing to compare
     bound: float
+    unit: str  # of error and bound
     is_right: bool
     place: str = ""  # of the largest error, with both values
     looks_like: tuple[str, ...] = ()  # the mistakes that give these very numbers
@@ -57,22 +58,20 @@ class Kit:
         return load_file(self.folder / "expected.safetensors")
 
     @cached_property
-    def mistakes(self) -> dict[str, dict[str, str]]:
-        """output -> {mistake: the name of its numbers}"""
-        return json.loads((self.folder / "mistakes.json").read_text()) if self.has_mistakes else {}
-
-    @property
-    def has_mistakes(self) -> bool:
-        return (self.folder / "mistakes.json").exists()
-
-    @cached_property
-    def wrong_numbers(self) -> dict[str, np.ndarray]:
-        return load_file(self.folder / "mistakes.safetensors")
+    def mistakes(self) -> dict[str, dict[str, np.ndarray]]:
+        """output -> {mistake: its numbers}; of many values, every n-th"""
+        if not (self.folder / "mistakes.json").exists():  # while the kit is being made
+            return {}
+        texts, found = json.loads((self.folder / "mistakes.json").read_text()), {}
+        for key, values in load_file(self.folder / "mistakes.safetensors").items():
+            output, _, number = key.rpartition("/")
+            found.setdefault(output, {})[texts[int(number)]] = values.astype(np.float64)
+        return found
 
     def positions(self, name: str) -> np.ndarray | None:
-        """(positions, axes), the places that an output is compared at; None for all of a small one."""
-        key = self.outputs[name]["positions"]
-        return None if key is None else self.numbers[key]
+        """(positions, axes), the places that an output is compared at; None for all of a small one or a picture."""
+        shape = "x".join(map(str, self.outputs[name]["shape"]))
+        return self.numbers.get(f"positions/{shape}")
 
     def sampled(self, name: str, given: np.ndarray) -> np.ndarray:
         """An output of a dump, in any of the orders that are read -> its values at the kit's positions. Raises
@@ -97,7 +96,8 @@ class Kit:
     def check(self, name: str, given: np.ndarray) -> Finding:
         """One output of a dump."""
         facts = self.outputs[name]
-        found = lambda error, right, **more: Finding(name, facts["module"], error, facts["bound"], right, **more)
+        unit = "grey levels" if facts["axes"] == "HWC" else "of the largest value" if facts["bound"] else "off"
+        found = lambda error, right, **more: Finding(name, facts["module"], error, facts["bound"], unit, right, **more)
         try:
             values = self.sampled(name, given)
         except ValueError as wrong:
@@ -123,8 +123,8 @@ class Kit:
         """The mistakes whose numbers these are, the nearest first, within the output's bound; or what else can be said
         of all values together."""
         facts, expected = self.outputs[name], self.numbers[name].astype(np.float64)
-        distance = lambda wrong: float(np.abs(values - self.wrong_numbers[wrong].astype(np.float64)).max())
-        near = [(distance(wrong), mistake) for mistake, wrong in self.mistakes.get(name, {}).items()]
+        mistakes = self.mistakes.get(name, {}).items()
+        near = [(np.abs(values[:: -(-len(values) // len(wrong))] - wrong).max(), text) for text, wrong in mistakes]
         close = sorted(row for row in near if row[0] / facts["largest"] <= facts["bound"])
         if close:
             return tuple(mistake for _, mistake in close)
@@ -197,7 +197,7 @@ def told(found: dict) -> str:
     """A finding in words."""
     lines = [f"{found['name']}  ({found['module']})"]
     if found["error"] is not None:
-        lines[0] += f": {found['error']:.2g} of the largest value, the bound is {found['bound']:.2g}"
+        lines[0] += f": {found['error']:.2g} {found['unit']}, the bound is {found['bound']:.2g}"
     lines.append(f"  {found['place']}")
     if found["looks_like"]:
         lines.append(f"  as this gives: {'; or '.join(found['looks_like'])}")
@@ -206,14 +206,14 @@ def told(found: dict) -> str:
     return "\n".join(lines)
 
 
-def show(result: dict, kit: Kit, everything: bool) -> None:
+def show(result: dict, kit: Kit, is_partial: bool, everything: bool) -> None:
     for level, counts in result["levels"].items():
         if counts["right"] + counts["wrong"]:
             wrong = f", {counts['wrong']} WRONG" if counts["wrong"] else ""
             missing = f", {counts['missing']} not in the dump" if counts["missing"] else ""
-            print(f"{level:24}{counts['right']:5} right{wrong}{missing}")
-        elif counts["missing"]:
-            print(f"{level:24}    - not in the dump")
+            print(f"{level:28}{counts['right']:4} right{wrong}{missing}")
+        elif counts["missing"] and not is_partial:
+            print(f"{level:28}   - not in the dump")
     for name in result["unknown"][:5]:
         like = difflib.get_close_matches(name, kit.outputs, n=1)
         print(f"not in the kit: {name}" + (f"; is it {like[0]}?" if like else ""))
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        show(result, kit, args.all)
+        show(result, kit, args.partial, args.all)
     return 0 if result["right"] else 1
 
 

@@ -4,8 +4,8 @@
 
 The reference's numbers are computed in float64 from float32 weights; the schedule and the samplers' arithmetic are
 float32, as they are by definition. The bound of an output is MARGIN times the largest error of programs that are right
-(`RIGHT`), and at least LEAST. Every mistake (mistakes.py) is then made, and must be named where it says. The tables of
-README.md are written too. Takes some minutes.
+(`RIGHT`), and at least that in LEAST. Every mistake (mistakes.py) is then made, and must be named where it says. The
+table of README.md is written too. Takes some minutes.
 """
 
 import argparse
@@ -43,10 +43,20 @@ from scheduler import Schedule
 from weights import Checkpoint
 from weights.files import STEMS
 
-MARGIN, LEAST = 8, 1e-6  # of a bound: times the noise of right programs, and at least
-LEAST_OF_MIXES = 3e-4  # of the latents of whole mixes: rounding grows over the steps, otherwise on each machine
+MARGIN = 8  # a bound is so many times the noise of right programs, and at least:
+LEAST = {
+    "noise": 1e-5,  # logarithms and cosines differ between libraries
+    "schedule": 1e-5,  # float32 sums of a thousand terms, in any order
+    "sampler": 1e-5,
+    "units": 1e-6,
+    "taps": 1e-6,
+    "steps": 1e-5,
+    "loop": 3e-4,  # rounding grows over the steps, otherwise on each machine
+}
 SAMPLES = 64  # positions of an output; those of at most WHOLE values are kept whole, and pictures
 WHOLE = 256
+MODULES = 3  # of each level, whose numbers are kept for a mistake: a port may have no such norm to look at
+MANY = 128  # values of a mistake that are kept, or a few more, evenly taken
 PER_STEP = 16  # positions of each step of a mix
 GUIDE = Path(__file__).parent / "README.md"
 
@@ -357,7 +367,6 @@ def facts_of(name: str, tensor: Tensor, models: dict[str, Checkpoint]) -> dict:
         "shape": shape,
         "axes": axes,
         "module": module_of(name, models),
-        "positions": positions_key(shape, tensor),
         "largest": 1.0 if not tensor.is_floating_point() else float(tensor.abs().max()),
     }
 
@@ -401,7 +410,7 @@ def stored_once(inputs: dict[str, Tensor]) -> dict[str, str]:
 
 
 def positions_key(shape: list[int], tensor: Tensor) -> str | None:
-    """Where the positions of an output stand; one list per shape."""
+    """Where the positions of an output stand, one list per shape; None for one that is kept whole."""
     is_whole = tensor.numel() <= WHOLE or not tensor.is_floating_point()
     return None if is_whole else f"positions/{'x'.join(map(str, shape))}"
 
@@ -419,9 +428,8 @@ def positions_of(key: str) -> Tensor:
 def sampled(facts: dict, tensor: Tensor) -> Tensor:
     """An output's values at its positions, as check.py takes them from a dump."""
     channels_last = tensor.movedim(1, -1) if facts["axes"] == "BHWC" else tensor
-    if facts["positions"] is None:
-        return channels_last.reshape(-1)
-    return channels_last[tuple(positions_of(facts["positions"]).long().T)]
+    key = positions_key(facts["shape"], tensor)
+    return channels_last.reshape(-1) if key is None else channels_last[tuple(positions_of(key).long().T)]
 
 
 def bound_of(name: str, tensor: Tensor, noise: float) -> dict:
@@ -429,7 +437,7 @@ def bound_of(name: str, tensor: Tensor, noise: float) -> dict:
         return {"bound": 1.0, "mean_bound": 0.001}  # grey levels
     if not tensor.is_floating_point():
         return {"bound": 0.0}
-    least = LEAST_OF_MIXES if name.split("/")[1] == "loop" else LEAST
+    least = LEAST.get(name.split("/")[1], 0.0)  # token weights are equal
     return {"bound": float(f"{max(MARGIN * noise, least):.1e}"), "noise": float(f"{noise:.1e}")}
 
 
@@ -450,7 +458,7 @@ def make(kit: Path) -> None:
         outputs[name] |= bound_of(name, tensor, noise[name])
     stored = stored_once(inputs)
     save(kit / "inputs.safetensors", {name: inputs[name] for name in stored.values()})
-    keys = sorted({facts["positions"] for facts in outputs.values()} - {None})
+    keys = sorted({positions_key(outputs[name]["shape"], tensor) for name, tensor in exact.items()} - {None})
     save(kit / "expected.safetensors", numbers | {key: positions_of(key) for key in keys})
     rows = [f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in outputs.items()]
     calls = [f"{json.dumps(name)}: {json.dumps(given)}" for name, given in calls_of(inputs, stored).items()]
@@ -484,13 +492,15 @@ def read_inputs(kit: Path) -> dict[str, Tensor]:
 
 
 def add_mistakes(kit: Path) -> list[str]:
-    """Makes every mistake, puts its numbers at the first output that is wrong in each level into the kit, and returns
+    """Makes every mistake, puts its numbers at the first modules that are wrong in each level into the kit, and returns
     the rows of the guide's table. Raises AssertionError for one that is not named where it should be."""
+    for name in ("mistakes.json", "mistakes.safetensors"):
+        (kit / name).unlink(missing_ok=True)  # of an earlier kit
     checker, inputs, rows = Kit(kit), read_inputs(kit), []
-    wrong, explained = {}, {}
+    wrong = {}  # output/number of the mistake -> values
     found = checkpoints(kit, torch.float32)
-    for mistake, where in MISTAKES.items():
-        first = {}  # level -> what is wrong of the first module that is: [(finding, tensor)]
+    for number, (mistake, where) in enumerate(MISTAKES.items()):
+        first = {}  # level -> what is wrong of the first MODULES modules that are: [[(finding, tensor), ...], ...]
         with made(mistake, found) as changed:
             named = reference.outputs(changed, MODELS, inputs)
             for module, group in itertools.groupby(named, key=lambda row: module_key(row[0])):
@@ -498,20 +508,19 @@ def add_mistakes(kit: Path) -> list[str]:
                     break  # whole mixes take long, and an earlier level tells more
                 checked = [(checker.check(name, tensor.numpy()), tensor) for name, tensor in group]
                 if wrong_ones := [(finding, tensor) for finding, tensor in checked if not finding.is_right]:
-                    first.setdefault(module.split("/")[1], wrong_ones)
-        finding = clearest([finding for finding, _ in next(iter(first.values()))]) if first else None
+                    first.setdefault(module.split("/")[1], []).append(wrong_ones)
+        finding = clearest([finding for finding, _ in next(iter(first.values()))[0]]) if first else None
         named_first = finding.name if finding else None
         assert named_first == where, f"{text_of(mistake)}: {named_first} is named first, not {where}"
-        for i, (finding_of_it, tensor) in enumerate(itertools.chain.from_iterable(first.values())):
-            facts, name = checker.outputs[finding_of_it.name], finding_of_it.name
-            if finding_of_it.error is not None and (i == 0 or tensor.dtype != torch.uint8):  # pictures are large
-                key = f"{name}/{len(explained.get(name, {}))}"
-                explained.setdefault(name, {})[text_of(mistake)] = key
-                wrong[key] = sampled(facts, tensor)
+        kept = itertools.chain.from_iterable(wrong_ones[:MODULES] for wrong_ones in first.values())
+        for shown, tensor in itertools.chain.from_iterable(kept):
+            if shown.error is not None:
+                values = sampled(checker.outputs[shown.name], tensor)
+                wrong[f"{shown.name}/{number}"] = values[:: max(1, len(values) // MANY)]
         rows.append(row(checker, mistake, finding))
         print(rows[-1], flush=True)
     save(kit / "mistakes.safetensors", wrong)
-    (kit / "mistakes.json").write_text(json.dumps(explained, indent=1) + "\n")
+    (kit / "mistakes.json").write_text(json.dumps([text_of(mistake) for mistake in MISTAKES], indent=0) + "\n")
     return rows
 
 

@@ -41,7 +41,7 @@ def unit(network, name, x, **more):
     if name.endswith(("group_norm", "conv_norm_out", "resnets.0.norm1")):
         return network.group_norm(name, x, port.VAE.EPS if isinstance(network, port.VAE) else eps)
     if name.endswith("attentions.0.norm"):
-        return network.group_norm(name, x, 1e-6)
+        return network.group_norm(name, x, network.EPS)
     if "norm" in last:
         return network.layer_norm(name, x, network.config.get("layer_norm_eps", 1e-5))
     if last in ("attn1", "attn2"):
@@ -117,7 +117,7 @@ def dump_of(model, name, stored):
             yield f"steps/{case}/{what}", array
 
     picture = Image.fromarray(stored["layout/picture"])
-    yield "loop/resized", port.grey_levels(port.fitted(picture, asked["size"]))[0]
+    yield "loop/resized", np.round((port.fitted(picture, asked["size"])[0] + 1) * 127.5).astype(np.uint8)
     for case, o in asked["mixes"].items():
         mixing = {n: o[n] for n in ("steps", "k_max", "k_min", "nu", "guidance", "negative")}
         layout = o["layout_prompt"] or port.fitted(picture, asked["size"])
@@ -132,21 +132,22 @@ def single_steps(model, o, given):
     T, K_max, K_min = o["steps"], *(port.steps_of(o[n], o["steps"]) for n in ("k_max", "k_min"))
     schedule = port.Schedule(model.schedule_config, T)
     s = model.tokenizer.weights(o["prompt"], o["token_weights"]) if o["token_weights"] else None
-    content, found = model.denoiser(schedule, given["context"], o["guidance"], s), {}
+    content = model.denoiser(schedule, given["context"], o["guidance"], s)
     if o["layout_prompt"]:
         along = model.denoiser(schedule, given["layout_context"], o["guidance"])
         latents = {T - i: x[None] for i, x in enumerate(given["layout_x"])}  # k -> layout_k
-        walk = [along(latents[k], k) for k in range(T, K_min, -1)]
-        found = {f"layout_{n}": np.concatenate(column) for n, column in zip(("x", "x0"), zip(*walk))}
+        x, x0 = zip(*[along(latents[k], k) for k in range(T, K_min, -1)])
+        found = {"layout_x0": np.concatenate(x0), "layout_x": np.concatenate(x)}
         layout = latents.get
     else:
         layout = lambda k: schedule.add_noise(given["x0"], given["eps"], k)
-        found["start"] = layout(K_max)
+        found = {"start": layout(K_max)}
     starts = {K_max - i: x[None] for i, x in enumerate(given["x"])}  # k -> x_k
-    steps = port.mix(lambda _, k: content(starts[k], k), layout, K_max, K_min, o["nu"])
-    x, x_content, layouts, x0 = zip(*steps)
-    found |= {"x": np.concatenate(x), "x_content": np.concatenate(x_content), "x0": np.concatenate(x0)}
-    return found if o["layout_prompt"] else found | {"layout": np.concatenate([y for y in layouts if y is not None])}
+    x, x_content, mixed, x0 = zip(*port.mix(lambda _, k: content(starts[k], k), layout, K_max, K_min, o["nu"]))
+    found |= {"x0": np.concatenate(x0), "x_content": np.concatenate(x_content)}
+    if not o["layout_prompt"]:
+        found["layout"] = np.concatenate([y for y in mixed if y is not None])
+    return found | {"x": np.concatenate(x)}
 
 
 def main():

@@ -146,6 +146,8 @@ class TextEncoder(Network):
 
 
 class UNet(Network):
+    EPS = 1e-6  # of the transformers' GroupNorm; that of the resnets is in the config
+
     def __init__(self, folder):
         super().__init__(folder, "diffusion_pytorch_model")
         heads, self.levels = self.config["attention_head_dim"], len(self.config["block_out_channels"])
@@ -167,7 +169,7 @@ class UNet(Network):
         return self.tap(name, self.linear(f"{name}.net.2", self.geglu(f"{name}.net.0", x)))
 
     def transformer(self, name, x, context, s, heads):
-        y = self.group_norm(f"{name}.norm", x, 1e-6).reshape(len(x), -1, x.shape[-1])  # (B, N, C), row by row
+        y = self.group_norm(f"{name}.norm", x, self.EPS).reshape(len(x), -1, x.shape[-1])  # (B, N, C), row by row
         y = self.linear(f"{name}.proj_in", y)
         for i in range(self.count(f"{name}.transformer_blocks")):
             block = f"{name}.transformer_blocks.{i}"
@@ -311,7 +313,7 @@ def randn(seed, shape):
     """torch.randn of a CPU generator: the Mersenne Twister's low 24 bits as uniforms, Box-Muller on those 8 apart in
     blocks of 16; what is left at the end is drawn anew, as the last 16. Of 16 numbers or more."""
     count = math.prod(shape)
-    draws = np.random.RandomState(seed)._bit_generator
+    draws = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator
     uniform = lambda n: (draws.random_raw(n) & 0xFFFFFF).astype(np.float32) / np.float32(1 << 24)
 
     def normal(u):
