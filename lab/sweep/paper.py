@@ -75,12 +75,13 @@ def left_out(found: np.ndarray) -> str:
     return f"{int(is_out.sum()):,} of {is_out.size:,} are left out, whose anchors are less than {MARGIN:g} apart."
 
 
-def no_rise(what: str, axis: str, xs: Sequence[float], data: np.ndarray, axes: int) -> list[Condition]:
-    """That the means of the points, on the data's last axis, rise by at most 0.02 from each to the next."""
-    found = several(lambda data: np.diff(mean(data, axes)), data, axes)
+def steady(what: str, axis: str, xs: Sequence[float], data: np.ndarray, axes: int, word: str) -> list[Condition]:
+    """That the means of the points, on the data's last axis, rise, or fall, by at most 0.02 from each to the next."""
+    sign = 1 if word == "rises" else -1
+    found = several(lambda data: sign * np.diff(mean(data, axes)), data, axes)
     return [
-        Condition(f"{what} rises from {axis} {x:g} to {y:g} by", rise, 0.02, False)
-        for x, y, rise in zip(xs, xs[1:], found)
+        Condition(f"{what} {word} from {axis} {x:g} to {y:g} by", change, 0.02, False)
+        for x, y, change in zip(xs, xs[1:], found)
     ]
 
 
@@ -130,7 +131,7 @@ def result_2(store: Store) -> Result:
     xs = [point.k_min for point in K_MINS]
     conditions = [
         Condition("a at k_min 0 less a at 0.6", scalar(lambda d: mean(d, 3)[0] - mean(d, 3)[-1], ab.a, 3), 0.1, True),
-        *no_rise("a", "k_min", xs, ab.a, 3),
+        *steady("a", "k_min", xs, ab.a, 3, "rises"),
     ]
     panels = [
         Panel("k_min", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
@@ -157,7 +158,7 @@ def result_3(store: Store) -> Result:
     d = ab.difference
     ordered = [
         Condition("a - b at nu 0 less that at nu 1", scalar(lambda d: mean(d, 3)[0] - mean(d, 3)[-1], d, 3), 0.5, True),
-        *no_rise("a - b", "nu", NU, d, 3),
+        *steady("a - b", "nu", NU, d, 3, "rises"),
     ]
     linear = [
         Condition(f"distance from the line at nu {nu:g}, as a share of the whole", size(found), 0.1, False)
@@ -274,7 +275,7 @@ def result_7(store: Store) -> Result:
         Condition("B at s = -1", scalar(partial(at, -1), data, 2), 0.1, False),
         Condition("B at s = 0", scalar(partial(at, 0), data, 2), 0.1, False),
         Condition("B at s = 2 less that at 1", scalar(partial(stronger, WORDS), data, 2), 0.02, True),
-        *no_rise("-B", "s", WORDS, -data, 2),
+        *steady("B", "s", WORDS, data, 2, "falls"),
         Condition("in mixes, b at s = -1", scalar(lambda d: mean(d[..., 0], 2), ab.b, 2), 0.1, False),
         Condition("in mixes, b at s = 2 less that at 1", scalar(partial(stronger, WORDS_MIXED), ab.b, 2), 0.02, True),
     ]
