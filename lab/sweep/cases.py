@@ -41,7 +41,6 @@ STYLES = ("3d", "flat", "cartoon", "retro")
 DRAWN = [f"a {name}" for name in "car house guitar crown rabbit mushroom rocket clock shoe horse".split()]
 CONTENTS = [f"a {name}" for name in (*PROMPTS, "penguin", "bee")]
 ANIMALS = [f"a {name}" for name in ("dog", "cat", "fox", "bear", "lion", "wolf")]
-OTHERS = ["bus", "tree", "apple", "fish", "book", "hat", "cow", "drum", "tent", "banana"]  # for the styles' centres
 LAYOUT_SEED = 1000  # of drawn layouts
 DIGITS = 4  # that are kept of each number
 
@@ -52,7 +51,7 @@ class Design:
 
     Attributes:
         layouts: of each kind, pictures of docs/layouts and drawn ones.
-        contents, animals, others: how many of each list.
+        contents, animals: how many of each list.
         seeds, fewer: from 0; `fewer` where a claim needs other data.
         steps: T.
         dtype: in which the checkpoint computes.
@@ -61,14 +60,13 @@ class Design:
     layouts: int = 10
     contents: int = 10
     animals: int = 6
-    others: int = 10
     seeds: int = 8
     fewer: int = 4
     steps: int = 50
     dtype: str = "fp32"
 
 
-SMALL = {"layouts": 1, "contents": 2, "animals": 2, "others": 2, "seeds": 1, "fewer": 1, "steps": 4}
+SMALL = {"layouts": 1, "contents": 2, "animals": 2, "seeds": 1, "fewer": 1, "steps": 4}
 
 
 class Point(NamedTuple):

@@ -57,7 +57,7 @@ def test_a_verdict_is_that_of_its_conditions():
         assert Verdict("", conditions, "the measure is blind").word == OPEN
 
 
-DESIGN = Design(layouts=3, contents=4, animals=3, others=3, seeds=4, fewer=4)
+DESIGN = Design(layouts=3, contents=4, animals=3, seeds=4, fewer=4)
 
 
 def made_up(tmp_path, number, answer, noise=0.02, design=DESIGN):
@@ -214,12 +214,16 @@ def test_claim_8(tmp_path):
 
 
 def test_claim_9_styles():
-    """Features at the styles' own places are put right, others at the nearest; each counts in units of its spread."""
+    """Features near their own concept's centre of a style are put right, in units of their spread; a picture does not
+    help to put itself right."""
     rng = np.random.default_rng(0)
     places = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1000.0], [1.0, 1000.0]])
-    known = places[:, None] + rng.normal(size=(5, 4, 2, 2)) * [0.01, 10.0]
-    assert (paper.nearest(places, known) == np.arange(4)).all()
-    assert paper.nearest(np.array([0.9, 30.0]), known) == 1
+    concepts = np.stack([places[rng.permutation(4)] for _ in range(5)])  # each concept has its own
+    known = concepts[:, :, None] + rng.normal(size=(5, 4, 3, 2)) * [0.01, 10.0]
+    assert (paper.nearest(known, known) == np.arange(4)[:, None]).all() and paper.accuracy(known) == 1
+    assert paper.nearest(known + [0.3, 30.0], known).tolist() == paper.nearest(known, known).tolist()
+    noise = rng.normal(size=(40, 4, 3, 50))
+    assert abs(paper.accuracy(noise) - 0.25) < 0.06 and math.isnan(paper.accuracy(known[:, :, :1]))
 
 
 def test_claim_10(tmp_path):
