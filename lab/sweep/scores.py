@@ -64,11 +64,13 @@ class Encoder(Protocol):
         name: for tables.
         limits: what it cannot tell, in a sentence.
         margins: of A and of B, how far apart two anchors must be.
+        known: features (n, D) of the names that it gives to pictures; None for an encoder without names.
     """
 
     name: str
     limits: str
     margins: tuple[float, float]
+    known: Tensor | None
 
     def images(self, shown: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> unit features (B, D)."""
@@ -86,7 +88,7 @@ class JudgeEncoder:
 
     def __init__(self):
         self.judge = Judge()
-        self.names = self.judge.names
+        self.names, self.known = self.judge.names, self.judge.texts
 
     @torch.no_grad()
     def images(self, shown: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ class JudgeEncoder:
         )
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        return torch.stack([self.judge.texts[self.names.index(self.concept(text))] for text in texts])
+        return torch.stack([self.known[self.names.index(self.concept(text))] for text in texts])
 
     def concept(self, text: str) -> str:
         """The concept that a text names, "a tiger" or "tiger". Raises ValueError for any other text."""
@@ -117,6 +119,7 @@ class CLIPEncoder:
 
     limits = "It was trained on photographs with captions, and weighs things more than places."
     margins = 0.1, 0.03  # its cosines lie closer together, those of pictures and texts within some tenths
+    known = None
 
     def __init__(self, source: str):
         from transformers import CLIPConfig, CLIPModel, CLIPProcessor
@@ -232,7 +235,7 @@ def measure(shown: Tensor, layout: Tensor, text: Tensor, encoder: Encoder) -> Nu
     features, own = encoder.images(shown), encoder.images(layout)  # (B, D), (1 or B, D)
     ours, theirs = silhouettes(shown), silhouettes(layout)  # (B, H, W), (1 or B, H, W)
     (low, high), (layout_low, layout_high) = frequencies(shown), frequencies(layout)
-    named = (features @ encoder.judge.texts.T).argmax(dim=1) if hasattr(encoder, "judge") else torch.full((count,), -1)
+    named = torch.full((count,), -1) if encoder.known is None else (features @ encoder.known.T).argmax(dim=1)
     alike = features @ features.T
     return Numbers(
         A=(features * own).sum(dim=1),
