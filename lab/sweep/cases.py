@@ -9,6 +9,8 @@ gzipped file with a line per case, rewritten whole after each case:
      "points": {"0.6 0.15 0.7 1": {"numbers": [a row per seed], "vectors": [a row per seed, where a claim needs one]}}}
 """
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -207,6 +209,23 @@ def open_store(path: Path, design: Design) -> Store:
         differs = [name for name, value in asdict(design).items() if before.get(name) != value] or ["columns"]
         raise ValueError(f"{where} was begun with another {differs[0]}; give that, or move the file away to begin anew")
     return store
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs away from a folder, and removes what a killed one left half written. Raises ValueError where
+    another run is at work, OSError."""
+    folder.mkdir(exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for half in folder.glob(".magicmix-*.tmp"):
+            half.unlink(missing_ok=True)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"folder {str(folder)!r} is being written by another run; wait for it, or end it") from None
+    finally:
+        os.close(opened)
 
 
 # ------------------------------------------------------------------------------------------------------------ making

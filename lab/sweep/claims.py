@@ -166,6 +166,18 @@ def numbers(text: str) -> list[Claim]:
     return [known[part] for part in dict.fromkeys(text.split(","))]
 
 
+def make(store: Store, chosen: Sequence[Claim], processes: int, quiet: bool) -> None:
+    """Makes what the claims need and is not there. Raises ValueError or OSError."""
+    needs = cases.merged([claim.needs(store.design) for claim in chosen])
+    left = store.missing(needs)
+    print(f"{len(needs) - len(left):,} of {len(needs):,} cases are there", flush=True)
+    calls, _ = cases.calls(store.design, left, cases.Studio(store.design))
+    with tqdm(total=calls, unit="call", disable=quiet) as bar:
+        for case, line in cases.run(store, needs, processes):
+            bar.set_postfix_str(" ".join(case[:3]))
+            bar.update(min(line["calls"], calls - bar.n))  # each process makes a prompt's own pictures once
+
+
 def claims(asked: argparse.Namespace) -> None:
     """Does what the command line asks for. Raises ValueError or OSError."""
     if asked.small and asked.page == PAGE:
@@ -174,20 +186,13 @@ def claims(asked: argparse.Namespace) -> None:
         raise ValueError(f"page {str(asked.page)!r} does not exist; give docs/claims.md or a copy of it")
     design = Design(dtype=asked.dtype, **(cases.SMALL if asked.small else {}))
     folder = asked.page.with_suffix("")
-    store = cases.open_store(folder / "scores.jsonl.gz", design)
+    path = folder / "scores.jsonl.gz"
     if asked.plan:
-        return machine.show(plan_lines(store, asked.only, asked.processes))
+        return machine.show(plan_lines(cases.open_store(path, design), asked.only, asked.processes))
     if not asked.plots:
-        folder.mkdir(exist_ok=True)
-        needs = cases.merged([claim.needs(design) for claim in asked.only])
-        left = store.missing(needs)
-        print(f"{len(needs) - len(left):,} of {len(needs):,} cases are there", flush=True)
-        calls, _ = cases.calls(design, left, cases.Studio(design))
-        with tqdm(total=calls, unit="call", disable=asked.quiet) as bar:
-            for case, line in cases.run(store, needs, asked.processes):
-                bar.set_postfix_str(" ".join(case[:3]))
-                bar.update(min(line["calls"], calls - bar.n))  # each process makes a prompt's own pictures once
-    machine.show(write(asked.page, store, asked.only))
+        with cases.lock(folder):
+            make(cases.open_store(path, design), asked.only, asked.processes, asked.quiet)
+    machine.show(write(asked.page, cases.open_store(path, design), asked.only))
     print(asked.page)
 
 

@@ -452,6 +452,21 @@ def test_what_cannot_be_run(tmp_path, capsys):
     assert stopped.value.code == 2 and "'11' is no claim" in capsys.readouterr().err
 
 
+def test_one_run_at_a_time(tmp_path, capsys):
+    """A second run is refused while the first lives; what a kill left half written goes; afterwards all is free."""
+    page = trial(tmp_path)
+    (tmp_path / "claims").mkdir()
+    half, other = tmp_path / "claims" / ".magicmix-0.tmp", tmp_path / "claims" / "other.svg"
+    half.touch(), other.touch()
+    with cases.lock(tmp_path / "claims"):
+        assert other.exists() and not half.exists()
+        assert main(["--small", "--page", str(page), "-q"]) == 2
+        assert "is being written by another run" in capsys.readouterr().err
+        assert main(["--small", "--page", str(page), "--plots"]) == 0
+    with cases.lock(tmp_path / "claims"):
+        pass
+
+
 def test_a_case_that_fails_is_told_and_what_was_made_stays(tmp_path):
     store = Store(tmp_path / "scores.jsonl.gz", SMALL, {})
     good, bad = Case("plain", "", "a tiger", 1), Case("plain", "", "a teapot", 1)
