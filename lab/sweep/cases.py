@@ -218,12 +218,14 @@ def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            where = f"folder {str(folder)!r}"
+            raise ValueError(f"{where} is being written by another run; wait for it, or end it") from None
         for half in folder.glob(".magicmix-*.tmp"):
             half.unlink(missing_ok=True)
         yield
-    except BlockingIOError:
-        raise ValueError(f"folder {str(folder)!r} is being written by another run; wait for it, or end it") from None
     finally:
         os.close(opened)
 
