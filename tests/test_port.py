@@ -20,6 +20,7 @@ import transformers
 from conftest import ROOT, run
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 
 from lab.port import make, reference
 from lab.port.cases import KIT, MODELS
@@ -252,17 +253,17 @@ def test_every_order_of_axes_is_read(tmp_path, kit, dump, given, suffix, capsys)
     ("change", "said"),
     [
         (lambda array: array[:, :5], "has the shape (2, 5, 16, 16); it should be (2, 16, 16, 96) or (2, 96, 16, 16)"),
-        (lambda array: np.where(array == array.max(), np.nan, array), "NaN"),
+        (lambda array: np.where(array == array.max(), np.nan, array), "holds 1 NaN and 0 Inf"),
+        (lambda array: np.where(array == array.min(), np.inf, array), "holds 0 NaN and 1 Inf"),
         (lambda array: -array, "all values times -1"),
+        (lambda array: array / 255, "all values divided by 255"),
+        (lambda array: 0 * array, "all values are 0"),
+        (lambda array: array.astype(np.float16), "the precision of float16"),
         (lambda array: array + (np.arange(16) == 3) * 0.1, "no mistake that the kit knows gives these numbers"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, kit, dump, change, said, capsys):
-    places = kit.positions(CONV)
-    array = dump[CONV].copy()
-    if said == "NaN":  # at a place that is looked at
-        b, y, x, c = places[7]
-        array[b, c, y, x] = array.max() + 1
+    array = dump[CONV]
     assert checked(tmp_path, {CONV: change(array)}, "--partial") == 1
     assert said in capsys.readouterr().out
 
@@ -291,7 +292,61 @@ def test_a_machine_can_read_it(tmp_path, dump, capsys):
     assert [found["name"] for found in result["wrong"]] == ["tiny/tokens/ids", CONV]
 
 
-@pytest.mark.parametrize("name", ["absent.npz", "broken.npz", "broken.safetensors", "dump.txt", "pickled.npz"])
+@pytest.mark.parametrize("kind", ["complex64", "U10", "datetime64[s]"])
+def test_what_holds_no_numbers_is_wrong(tmp_path, dump, kind, capsys):
+    array = np.zeros(dump[CONV].shape, kind) if kind != "complex64" else dump[CONV] + np.complex64(1j)
+    assert checked(tmp_path, {CONV: array}, "--partial", suffix=".npz") == 1
+    assert f"holds {array.dtype}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("turned", [lambda p: p, lambda p: p[None], lambda p: np.moveaxis(p, -1, 0)])
+def test_pictures_may_have_their_channels_first(tmp_path, dump, turned):
+    name = "tiny/loop/image/picture"
+    assert checked(tmp_path, {name: turned(dump[name])}, "--partial") == 0
+    assert checked(tmp_path, {name: turned(dump[name] ^ 1)}, "--partial") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("tiny/steps/image/x", 3, "the step from k 27"),
+        ("tiny/loop/text/x", 30, "the step from k 14"),
+        ("tiny/steps/text/layout_x", 2, "the step from k 28 along the layout's prompt"),
+        ("sd2/sampler/ddim", 1, "which is k 26"),
+        ("tiny/schedule/K", 2, "which is T 30, k_max 0.75, k_min 0.25"),
+        ("tiny/tokens/ids", 3, "the prompt 'a coffee machine'"),
+    ],
+)
+def test_the_row_is_told_in_words(tmp_path, dump, name, row, said, capsys):
+    array = dump[name].copy()
+    array[row] = array[row] + 1
+    assert checked(tmp_path, {name: array}, "--partial") == 1
+    assert said in capsys.readouterr().out
+
+
+def test_names_of_another_kind_are_told(tmp_path, dump, capsys):
+    assert checked(tmp_path, {CONV.removeprefix("tiny/"): dump[CONV]}, "--partial") == 1
+    assert "no output of the kit is in the dump" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_kit_is_refused(tmp_path, capsys):
+    for text in (None, "{", "{}"):
+        if text:
+            (tmp_path / "kit.json").write_text(text)
+        assert main(["--list", "--kit", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith(f"check: {tmp_path} holds no kit")
+
+
+@pytest.mark.parametrize("where", ["| head -1", "> /dev/full"])
+def test_output_that_nobody_reads(where):
+    command = f"{sys.executable} {PORT / 'check.py'} --list {where}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    "name", ["absent.npz", "broken.npz", "broken.safetensors", "dump.txt", "pickled.npz", "float8.safetensors"]
+)
 def test_a_file_that_is_no_dump_is_refused(tmp_path, name, capsys):
     if name.startswith("broken"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 nothing")
@@ -299,6 +354,8 @@ def test_a_file_that_is_no_dump_is_refused(tmp_path, name, capsys):
         (tmp_path / name).write_text("1 2 3")
     elif name == "pickled.npz":
         np.savez(tmp_path / name, **{CONV: np.array([{}], dtype=object)})
+    elif name.startswith("float8"):
+        torch_save({CONV: torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / name)
     assert main([str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("check: ") and error.count("\n") == 1 and name in error

@@ -16,6 +16,7 @@ files that cannot be read.
 import argparse
 import difflib
 import json
+import os
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
@@ -23,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 KIT = Path(__file__).resolve().parent / "kit"
@@ -45,13 +45,19 @@ class Finding:
 
 
 class Kit:
-    """The kit's outputs: what they are, and the reference's numbers at some positions of each."""
+    """The kit's outputs: what they are, and the reference's numbers at some positions of each. Raises ValueError for a
+    folder that holds none."""
 
     def __init__(self, folder: Path = KIT):
         self.folder = folder
-        facts = json.loads((folder / "kit.json").read_text())
-        self.outputs = facts["outputs"]  # name -> facts, in the order in which a port is built
-        self.calls = facts["calls"]  # what is computed -> {argument: the input's name}
+        try:
+            facts = json.loads((folder / "kit.json").read_text())
+            self.outputs = facts["outputs"]  # name -> facts, in the order in which a port is built
+            self.calls = facts["calls"]  # what is computed -> {argument: the input's name}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder} holds no kit: {error!r}; leave --kit out for the one beside check.py"
+            ) from error
 
     @cached_property
     def numbers(self) -> dict[str, np.ndarray]:
@@ -75,22 +81,30 @@ class Kit:
 
     def sampled(self, name: str, given: np.ndarray) -> np.ndarray:
         """An output of a dump, in any of the orders that are read -> its values at the kit's positions. Raises
-        ValueError for a shape that is none of this output."""
+        ValueError for what is not this output."""
         facts, positions = self.outputs[name], self.positions(name)
-        shape = tuple(facts["shape"])  # (B, H, W, C) for maps
-        count = int(np.prod(shape)) if positions is None else len(positions)
-        if given.shape == (count,) and shape != (count,):
-            return given
-        also = ""
+        if given.dtype.kind not in "biuf":
+            raise ValueError(f"holds {given.dtype}; it should be float32 or integers")
+        if not np.isfinite(given).all():
+            raise ValueError(f"holds {np.isnan(given).sum()} NaN and {np.isinf(given).sum()} Inf")
+        shape = tuple(facts["shape"])  # (B, H, W, C) for maps, (H, W, 3) for pictures
+        right = [f"{shape}"]
         if facts["axes"] == "BHWC":
             b, h, w, c = shape
-            also = f" or {(b, c, h, w)}"
+            right.append(f"{(b, c, h, w)}")
             if given.shape in ((b, c, h, w), (b, c, h * w)) and given.shape != (b, h * w, c):
                 given = np.moveaxis(given, 1, -1)
             if given.shape == (b, h * w, c):
                 given = given.reshape(shape)
+        elif facts["axes"] == "HWC":
+            given = given[0] if given.ndim == 4 and len(given) == 1 else given
+            given = np.moveaxis(given, 0, -1) if given.shape == (3, *shape[:2]) else given
+        if positions is not None:
+            right.append(f"{(len(positions),)}, the values at the kit's positions")
+            if given.shape == (len(positions),):
+                return given
         if given.shape != shape:
-            raise ValueError(f"has the shape {given.shape}; it should be {shape}{also}, or ({count},)")
+            raise ValueError(f"has the shape {given.shape}; it should be {' or '.join(right)}")
         return given.reshape(-1) if positions is None else given[tuple(positions.T.astype(int))]
 
     def check(self, name: str, given: np.ndarray) -> Finding:
@@ -104,22 +118,20 @@ class Kit:
             return found(None, False, place=str(wrong))
         expected = self.numbers[name]
         differences = np.abs(values.astype(np.float64) - expected.astype(np.float64))
-        if not np.isfinite(differences).all():
-            return found(None, False, place=f"{np.isnan(values).sum()} NaN and {np.isinf(values).sum()} Inf")
-        error = float(differences.max()) / facts["largest"]
-        mean = float(differences.mean())
+        error, mean = float(differences.max()) / facts["largest"], float(differences.mean())
         if error <= facts["bound"] and mean <= facts.get("mean_bound", float("inf")):
             return found(error, True)
         worst = int(differences.argmax())
         positions = self.positions(name)
         at = np.unravel_index(worst, facts["shape"]) if positions is None else positions[worst]
         place = ", ".join(f"{axis} {i}" for axis, i in zip(facts["axes"].lower(), at))
-        place = f"at ({place}): {values[worst]:.7g} in the dump, {expected[worst]:.7g} in the kit"
+        row = f", which is {facts['rows'][at[0]]}" if "rows" in facts else ""
+        place = f"at ({place}){row}: {values[worst]:.7g} in the dump, {expected[worst]:.7g} in the kit"
         if "mean_bound" in facts:
-            place += f"; {mean:.4f} in the mean, of {facts['mean_bound']} allowed"
-        return found(error, False, place=place, looks_like=self.explained(name, values))
+            place += f"; the mean difference is {mean:.4f}, and at most {facts['mean_bound']} is right"
+        return found(error, False, place=place, looks_like=self.explained(name, values, error))
 
-    def explained(self, name: str, values: np.ndarray) -> tuple[str, ...]:
+    def explained(self, name: str, values: np.ndarray, error: float) -> tuple[str, ...]:
         """The mistakes whose numbers these are, the nearest first, within the output's bound; or what else can be said
         of all values together."""
         facts, expected = self.outputs[name], self.numbers[name].astype(np.float64)
@@ -127,24 +139,42 @@ class Kit:
         near = [(np.abs(values[:: -(-len(values) // len(wrong))] - wrong).max(), text) for text, wrong in mistakes]
         close = sorted(row for row in near if row[0] / facts["largest"] <= facts["bound"])
         if close:
-            return tuple(mistake for _, mistake in close)
+            return tuple(text for _, text in close)
+        if not values.any():
+            return ("all values are 0",)
+        if facts["bound"] and error < 1e-2 and len(values) > 16:
+            for kind, short in {"float16": values.astype(np.float16), "bfloat16": as_bfloat16(values)}.items():
+                if np.array_equal(values, short):
+                    return (f"all values have the precision of {kind}",)
         factor = float(values @ expected / (expected @ expected)) if expected.any() else 1.0
-        is_factor = np.abs(values - factor * expected).max() / facts["largest"] <= facts["bound"] * max(1, abs(factor))
-        return (f"all values times {factor:.6g}",) if is_factor else ()
+        if np.abs(values - factor * expected).max() / facts["largest"] <= facts["bound"] * max(1, abs(factor)):
+            is_divided = 0 < abs(factor) < 1 and abs(1 / factor - round(1 / factor)) < 1e-3
+            return (f"all values divided by {1 / factor:.6g}" if is_divided else f"all values times {factor:.6g}",)
+        return ()
+
+
+def as_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 with the lower half of its bits 0."""
+    return (values.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a dump. Raises ValueError for what is none."""
+    """The arrays of a dump. Raises FileNotFoundError or ValueError for what is none."""
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{str(path)!r} is of no kind that is read; let its name end in .npz or .safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; give the dump of your port")
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             return load_file(path)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file")
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # whatever the libraries trip over in files that are not what they are called
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read: {reason}; save arrays of float32 or of integers in it") from error
-    raise ValueError(f"{path} is of no kind that is read; let its name end in .npz or .safetensors")
 
 
 def report(kit: Kit, dump: dict[str, np.ndarray], is_partial: bool) -> dict:
@@ -225,8 +255,12 @@ def show(result: dict, kit: Kit, is_partial: bool, everything: bool) -> None:
             print(f"{len(result['wrong']) - 1} more are wrong; what comes later may follow from it (--all shows them)")
     elif result["right"]:
         print("\nright" + (", as far as it goes" if result["missing"] else ""))
+    elif len(result["missing"]) == len(kit.outputs) - sum(level_of(name) in OPTIONAL for name in kit.outputs):
+        print("\nno output of the kit is in the dump; names look like tiny/taps/square/conv_in")
     else:
-        print(f"\nnothing is wrong, but {len(result['missing'])} outputs are missing, such as {result['missing'][0]}")
+        print(
+            f"\nnothing is wrong, but {len(result['missing'])} of the outputs are missing: {result['missing'][0]} ..."
+        )
 
 
 def list_outputs(kit: Kit) -> None:
@@ -243,8 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dump", type=Path, nargs="?", help="what the port computed")
     parser.add_argument("--partial", action="store_true", help="outputs that are missing are no failure")
     parser.add_argument("--all", action="store_true", help="show every wrong output, not the first alone")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--list", action="store_true", help="print what the kit holds")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--list", action="store_true", help="print what the kit holds, and no dump is read")
     parser.add_argument("--kit", type=Path, default=KIT, help="another kit's folder")
     args = parser.parse_args(argv)
     try:
@@ -255,14 +290,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.dump is None:
             raise ValueError("no dump; give a .npz or .safetensors file, or --list")
         result = report(kit, read(args.dump), args.partial)
+        if args.json:
+            print(json.dumps(result))
+        else:
+            show(result, kit, args.partial, args.all)
+        sys.stdout.flush()  # a full disk shows here
+        return 0 if result["right"] else 1
+    except BrokenPipeError:  # of `| head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except (OSError, ValueError) as error:
         print(f"check: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(result))
-    else:
-        show(result, kit, args.partial, args.all)
-    return 0 if result["right"] else 1
 
 
 if __name__ == "__main__":

@@ -55,8 +55,11 @@ LEAST = {
 }
 SAMPLES = 64  # positions of an output; those of at most WHOLE values are kept whole, and pictures
 WHOLE = 256
-MODULES = 3  # of each level, whose numbers are kept for a mistake: a port may have no such norm to look at
-MANY = 128  # values of a mistake that are kept, or a few more, evenly taken
+# Of each level, how many wrong modules a mistake's numbers are kept of. A port may not have the first of them, and each
+# unit is looked at alone.
+MODULES = {"units": 1000}
+FEW = 3  # of the other levels
+MANY = 16  # values of a mistake that are kept, or a few more, evenly taken
 PER_STEP = 16  # positions of each step of a mix
 GUIDE = Path(__file__).parent / "README.md"
 
@@ -363,12 +366,33 @@ def facts_of(name: str, tensor: Tensor, models: dict[str, Checkpoint]) -> dict:
         shape = [shape[0], *shape[2:], shape[1]]
     if tensor.dtype == torch.uint8:
         axes = "HWC"
+    rows = rows_of(name)
     return {
         "shape": shape,
         "axes": axes,
         "module": module_of(name, models),
         "largest": 1.0 if not tensor.is_floating_point() else float(tensor.abs().max()),
-    }
+    } | ({"rows": rows} if rows else {})
+
+
+def rows_of(name: str) -> list[str]:
+    """What the rows of an output are, in words, where they are not pictures of a batch."""
+    model, level, *rest = name.split("/")
+    if name.endswith("tokens/ids"):
+        return [f"the prompt {prompt[:40]!r}" for prompt in cases.PROMPTS]
+    if name.endswith("schedule/K"):
+        return [f"T {T}, k_max {k_max}, k_min {k_min}" for T, k_max, k_min in cases.FRACTIONS]
+    if level == "sampler":
+        return [f"k {k}" for k in SAMPLED[1]]
+    if level not in ("steps", "loop") or rest[-1] in ("start", "picture", "resized"):
+        return []
+    mix = next(m for m in MODELS if m.name == model).mixes[rest[0]]
+    K_max, K_min = round(mix.k_max * mix.steps), round(mix.k_min * mix.steps)
+    along = [f"the step from k {k} along the layout's prompt" for k in range(mix.steps, K_min, -1)]
+    mixed = [f"the step from k {k}" for k in range(K_max, 0, -1)]
+    if rest[-1].startswith("layout_"):
+        return along
+    return along + mixed if level == "loop" and mix.layout_prompt else mixed
 
 
 def calls_of(inputs: dict[str, Tensor], stored: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -500,7 +524,7 @@ def add_mistakes(kit: Path) -> list[str]:
     wrong = {}  # output/number of the mistake -> values
     found = checkpoints(kit, torch.float32)
     for number, (mistake, where) in enumerate(MISTAKES.items()):
-        first = {}  # level -> what is wrong of the first MODULES modules that are: [[(finding, tensor), ...], ...]
+        first = {}  # level -> what is wrong, module by module: [[(finding, tensor), ...], ...]
         with made(mistake, found) as changed:
             named = reference.outputs(changed, MODELS, inputs)
             for module, group in itertools.groupby(named, key=lambda row: module_key(row[0])):
@@ -512,7 +536,7 @@ def add_mistakes(kit: Path) -> list[str]:
         finding = clearest([finding for finding, _ in next(iter(first.values()))[0]]) if first else None
         named_first = finding.name if finding else None
         assert named_first == where, f"{text_of(mistake)}: {named_first} is named first, not {where}"
-        kept = itertools.chain.from_iterable(wrong_ones[:MODULES] for wrong_ones in first.values())
+        kept = itertools.chain.from_iterable(ones[: MODULES.get(level, FEW)] for level, ones in first.items())
         for shown, tensor in itertools.chain.from_iterable(kept):
             if shown.error is not None:
                 values = sampled(checker.outputs[shown.name], tensor)

@@ -240,6 +240,37 @@ def variance_is_beta(checkpoints, change):
     change(scheduler.Schedule, "ddpm", ddpm)
 
 
+RIGHT_DDPM = scheduler.Schedule.ddpm
+
+
+def to_abar_0(schedule: scheduler.Schedule, x: Tensor, output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """DDPM's last step as if it were one of the others."""
+    abar, abar_prev, (x0, _) = schedule.abar(1), schedule.abar(0), schedule.predict(x, output, 1)
+    alpha = abar / abar_prev
+    mean = abar_prev**0.5 * (1 - alpha) / (1 - abar) * x0 + alpha**0.5 * (1 - abar_prev) / (1 - abar) * x
+    return mean + ((1 - abar_prev) / (1 - abar) * (1 - alpha)) ** 0.5 * noise, x0
+
+
+@shows_at("tiny/sampler/ddpm")
+def ddpm_ends_at_abar_0(checkpoints, change):
+    """DDPM's last step ends at abar_0, as DDIM's does, not at 1."""
+    change(
+        scheduler.Schedule,
+        "ddpm",
+        lambda self, x, e, k, noise: RIGHT_DDPM(self, x, e, k, noise) if k > 1 else to_abar_0(self, x, e, noise),
+    )
+
+
+@shows_at("tiny/sampler/ddpm")
+def ddpm_ends_at_abar_0_without_noise(checkpoints, change):
+    """DDPM's last step ends at abar_0, without noise; it ends at 1."""
+    change(
+        scheduler.Schedule,
+        "ddpm",
+        lambda self, x, e, k, noise: RIGHT_DDPM(self, x, e, k, noise) if k > 1 else to_abar_0(self, x, e, 0 * noise),
+    )
+
+
 @shows_at("tiny/sampler/add_noise")
 def variance_for_deviation(checkpoints, change):
     """Noise with the factor 1 - abar, not its square root."""

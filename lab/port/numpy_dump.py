@@ -153,11 +153,12 @@ def single_steps(model, o, given):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", type=Path, help="a .safetensors file to write")
-    stored, dump = load_file(KIT / "inputs.safetensors"), {}
+    path, stored, dump = parser.parse_args().dump, load_file(KIT / "inputs.safetensors"), {}
     for name, folder in FOLDERS.items():
         for output, array in dump_of(port.Model(folder), name, stored):
             dump[f"{name}/{output}"] = np.ascontiguousarray(array)
-    save_file(dump, parser.parse_args().dump)
+    save_file(dump, path)
+    print(f"{len(dump)} outputs in {path}")
 
 
 if __name__ == "__main__":
