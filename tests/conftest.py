@@ -232,3 +232,46 @@ def write_again(path: Path, metadata: dict | str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("magicmix", metadata if isinstance(metadata, str) else json.dumps(metadata))
     Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run"]  # fmt: skip
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not driven")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright  # slow, and few tests need it
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_tab(browser):
+    """open_tab(path, ready, ...): a page's file, opened, when what `ready` selects is there. At the end: no request left the
+    file, no error was logged, and no dialog was shown."""
+    contexts, requests, errors = [], [], []
+
+    def opened(path, ready, width=1280, height=900, **context):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **context))
+        tab = contexts[-1].new_page()
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: errors.append(message.text) if message.type != "log" else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("dialog", lambda dialog: errors.append(dialog.message))
+        tab.goto(path.as_uri())
+        tab.wait_for_selector(ready)
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [url for url in requests if not url.startswith(("data:", "file:"))] == []
+    assert len([url for url in requests if url.startswith("file:")]) == len(contexts)
+    assert errors == []

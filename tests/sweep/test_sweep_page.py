@@ -6,23 +6,17 @@ import io
 import json
 import re
 import shlex
-import shutil
 import time
 
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import LAYOUT, ROOT
+from conftest import LAYOUT, ROOT, needs_chromium
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from lab.sweep import page as pages
 from lab.sweep.__main__ import main
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not driven")
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"> \u2028 <!-- & 'a' \"tiger\""
 FAST = ["--steps", "4", "--size", "32", "--quiet"]
 
@@ -37,35 +31,10 @@ def here(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
-def open_page(here, browser):
-    """open_page(name, ...): the page, opened. At the end: no request left the file, no error was logged."""
-    contexts, requests, errors = [], [], []
-
-    def opened(name, width=1280, height=900, **context):
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **context))
-        tab = contexts[-1].new_page()
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: errors.append(message.text) if message.type != "log" else None)
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.goto((here / name / "page.html").as_uri())
-        tab.wait_for_selector("#grid .tile")
-        return tab
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [url for url in requests if not url.startswith(("data:", "file:"))] == []
-    assert len([url for url in requests if url.startswith("file:")]) == len(contexts)
-    assert errors == []
+def open_page(here, open_tab):
+    """open_page(name, ...): one of the pages, opened in a tab that is watched."""
+    return lambda name, **more: open_tab(here / name / "page.html", "#grid .tile", **more)
 
 
 def index(folder):
