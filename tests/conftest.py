@@ -254,8 +254,8 @@ def browser():
 
 @pytest.fixture
 def open_tab(browser):
-    """open_tab(path, ready, ...): a page's file, opened, when what `ready` selects is there. At the end: no request left the
-    file, no error was logged, and no dialog was shown."""
+    """open_tab(path, ready, ...): a page's file, opened, when what `ready` selects is there. At the end: no request
+    left that file, no error was logged, and no dialog was shown."""
     contexts, requests, errors = [], [], []
 
     def opened(path, ready, width=1280, height=900, **context):
