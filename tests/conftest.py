@@ -275,3 +275,11 @@ def open_tab(browser):
     assert [url for url in requests if not url.startswith(("data:", "file:"))] == []
     assert len([url for url in requests if url.startswith("file:")]) == len(contexts)
     assert errors == []
+
+
+def wait_until(condition):
+    """In place of wait_for_function, which the page's policy forbids."""
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit, "it does not happen"
+        time.sleep(0.05)

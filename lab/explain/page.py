@@ -24,6 +24,7 @@ from scheduler import Schedule
 from weights import Checkpoint
 
 TEMPLATES = Path(__file__).parent / "template"
+STYLES = ("base.css", "page.css")
 SCRIPTS = ("dom.js", "data.js", "pictures.js", "source.js", "equations.js", "words.js", "transport.js", "main.js")
 # 50 steps at 512 px have some 340 pictures. Were all of them noise, which compresses badly, they would take 23 MB.
 LARGEST = 288  # pixels of a picture's longer side
@@ -74,7 +75,7 @@ def render(content: dict) -> str:
     """The file: the template with the data, the style and the scripts in it."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    style = (TEMPLATES / "page.css").read_text()
+    style = "\n".join((TEMPLATES / name).read_text() for name in STYLES)
     script = "\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)
     policy = f"default-src 'none'; img-src data:; style-src {digest(style)}; script-src {digest(script)}"
     page = templates.get_template("page.html")

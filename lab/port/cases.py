@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import weights
+from command.options import Options
 
 KIT = Path(__file__).parent / "kit"
 QUIET = 0.01  # what a unit's first input is multiplied by, so that an eps in a norm is as large as the variance
@@ -35,6 +36,10 @@ FRACTIONS = (  # (T, k_max, k_min): halves that round down to an even number and
 SAMPLED = (50, (50, 26, 2, 1))  # T and the k of single sampler steps
 
 
+# Those of a mix that are options of magicmix(); the others say what is mixed.
+OPTIONS = ("steps", "k_max", "k_min", "nu", "guidance", "negative", "token_weights")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mix:
     """One run of the loop."""
@@ -49,6 +54,11 @@ class Mix:
     layout_prompt: str | None = None  # None: the kit's picture
     token_weights: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def options(self) -> Options:
+        """How it is mixed; in it, K_max and K_min."""
+        return Options(**{name: getattr(self, name) for name in OPTIONS})
 
 
 @dataclass(frozen=True, kw_only=True)

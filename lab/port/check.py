@@ -212,9 +212,9 @@ def clearest(findings: list[Finding]) -> Finding:
     return last if None not in (first.error, last.error) and last.error > 10 * first.error else first
 
 
-def first_wrong(wrong: list[Finding]) -> Finding | None:
-    """What to tell of the first module that is wrong; `wrong` is in the order in which a port is built."""
-    return clearest([f for f in wrong if module_key(f.name) == module_key(wrong[0].name)]) if wrong else None
+def first_wrong(wrong: list[Finding]) -> Finding:
+    """What to tell of the first module that is wrong; `wrong`, not empty, is in the order in which a port is built."""
+    return clearest([f for f in wrong if module_key(f.name) == module_key(wrong[0].name)])
 
 
 def level_of(name: str) -> str:

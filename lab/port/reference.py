@@ -17,7 +17,7 @@ import magicmix as program
 import unet
 from command import pictures
 from command.options import Options
-from lab.port.cases import FRACTIONS, NOISE, PROMPTS, QUIET, SAMPLED, STEPS, WEIGHTED, Mix, Model
+from lab.port.cases import FRACTIONS, NOISE, OPTIONS, PROMPTS, QUIET, SAMPLED, STEPS, WEIGHTED, Mix, Model
 from scheduler import Schedule
 from weights import Checkpoint
 
@@ -141,11 +141,11 @@ def taps(models: Checkpoint, model: Model, inputs: dict[str, Tensor]) -> Named:
             yield f"taps/{name}/{module}", output
 
 
-def denoiser(models: Checkpoint, mix: Mix, prompt: str, words: dict, context: Tensor | None) -> program.Denoiser:
-    o = Options(steps=mix.steps, guidance=mix.guidance, negative=mix.negative, token_weights=words)
+def denoiser(models: Checkpoint, mix: Mix, prompt: str, words: dict, context: Tensor) -> program.Denoiser:
+    """One step of a mix under a prompt whose text states are the kit's."""
+    o = dataclasses.replace(mix.options, token_weights=words)
     made = program.Denoiser(models, Schedule(models.schedule, mix.steps), o, None, prompt, words)
-    if context is not None:
-        made.context = cast(context, models.unet)
+    made.context = cast(context, models.unet)
     return made
 
 
@@ -159,7 +159,7 @@ def single_steps(models: Checkpoint, model: Model, inputs: dict[str, Tensor]) ->
 
 
 def steps_of(models: Checkpoint, mix: Mix, given: dict[str, Tensor]) -> Named:
-    o = Options(steps=mix.steps, k_max=mix.k_max, k_min=mix.k_min)
+    o = mix.options
     content = denoiser(models, mix, mix.prompt, mix.token_weights, given["context"])
     x = {o.K_max - i: x for i, x in enumerate(given["x"].split(1))}  # k -> x_k
     if mix.layout_prompt is None:
@@ -184,8 +184,7 @@ def run(models: Checkpoint, model: Model, mix: Mix, inputs: dict[str, Tensor]) -
     """A whole mix from prompt, layout and eps."""
     layout = mix.layout_prompt or Image.fromarray(inputs["layout/picture"].numpy())
     eps = inputs[f"{model.name}/loop/eps/{mix.seed}"]
-    o = {f.name: getattr(mix, f.name) for f in dataclasses.fields(mix)}
-    mixing = {n: o[n] for n in ("k_max", "k_min", "nu", "steps", "guidance", "negative", "token_weights")}
+    mixing = {name: getattr(mix, name) for name in OPTIONS}
     return list(program.magicmix(models, mix.prompt, layout, noise=lambda: eps, size=model.size, **mixing))
 
 

@@ -16,7 +16,7 @@ from lab.sweep.show import said
 
 TEMPLATES = Path(__file__).parent / "template"
 SCRIPTS = (EXPLAIN / "dom.js", TEMPLATES / "sweep.js")
-STYLES = (TEMPLATES / "sweep.css",)
+STYLES = (EXPLAIN / "base.css", TEMPLATES / "sweep.css")
 # A picture takes some 0.35 bytes per pixel as JPEG. Sides are chosen so that a page stays below about 64 MB.
 SIDES = (288, 192, 128, 96, 64, 48, 32)
 ROOM, PER_PIXEL = 64e6, 0.5

@@ -5,13 +5,12 @@ import html
 import io
 import json
 import re
-import time
 
 import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from conftest import LAYOUT, ROOT, needs_chromium
+from conftest import LAYOUT, ROOT, needs_chromium, wait_until
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,14 +51,6 @@ def here(tmp_path_factory):
 def open_page(here, open_tab):
     """open_page(name, ...): one of the pages, opened in a tab that is watched."""
     return lambda name, **more: open_tab(here / f"{name}.html", "#maps canvas, #maps .note", **more)
-
-
-def wait_until(condition):
-    """In place of wait_for_function, which the page's policy forbids."""
-    limit = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < limit, "it does not happen"
-        time.sleep(0.05)
 
 
 def k_of(tab):
