@@ -192,17 +192,19 @@ class Store:
         return np.asarray(self.points(cases)[point.key]["vectors"], dtype=np.float64)
 
 
-def open_store(path: Path, design: Design) -> Store:
-    """The file's numbers, or none where there is no file. Raises ValueError for one that is of another design or cannot
-    be read, OSError."""
-    store = Store(path, design, {})
-    if not path.exists():
-        return store
+def open_store(path: Path, design: Design | None = None) -> Store:
+    """The file's numbers, of the design that it was begun with; with a design, none where there is no file. Raises
+    ValueError for a file that is of another design or cannot be read, OSError."""
     where = f"scores {str(path)!r}"
+    if not path.exists():
+        if design is None:
+            raise ValueError(f"{where} do not exist; run lab.sweep.claims first")
+        return Store(path, design, {})
     try:
         head, *lines = map(json.loads, gzip.decompress(path.read_bytes()).decode().splitlines())
         before, columns = head["design"], head["columns"]
-        store.lines = {Case(*line["case"]): line for line in lines}
+        design = Design(**before) if design is None else design
+        store = Store(path, design, {Case(*line["case"]): line for line in lines})
     except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{where} cannot be read ({error}); move it away to begin anew") from error
     if before != asdict(design) or columns != list(Numbers._fields):

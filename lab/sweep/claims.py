@@ -192,7 +192,7 @@ def claims(asked: argparse.Namespace) -> None:
     if not asked.plots:
         with cases.lock(folder):
             make(cases.open_store(path, design), asked.only, asked.processes, asked.quiet)
-    machine.show(write(asked.page, cases.open_store(path, design), asked.only))
+    machine.show(write(asked.page, cases.open_store(path), asked.only))
     print(asked.page)
 
 
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="print the plan, measure the speed, and end")
-    what.add_argument("--plots", action="store_true", help="tables and plots from the numbers that are there")
+    what.add_argument("--plots", action="store_true", help="tables and plots from whatever numbers are there")
     parser.add_argument("--only", type=numbers, default=CLAIMS, metavar="N,N", help="these claims [all]")
     count = options.Number(1, 256, whole=True)
     parser.add_argument("--processes", type=count.parse, default=os.cpu_count(), metavar="N", help="one per core [all]")

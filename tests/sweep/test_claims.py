@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import magicmix
 from command import pictures
+from command.sheet import LABEL, MARGIN
 from lab.audit.variants import diffusers
 from lab.sheets import layout_path
-from lab.sweep import cases, paper, verdict
+from lab.sweep import cases, paper, uses, verdict
 from lab.sweep.cases import ALONE, LAYOUT, Case, Design, Point, Store, Studio
 from lab.sweep.claims import main
 from lab.sweep.paper import CLAIMS, FEW, HIGHER, K_MINS, NU, NUS
@@ -419,11 +421,44 @@ def test_a_run_that_is_killed_goes_on(tmp_path, capsys):
         if path.suffix == ".svg":
             assert b"date" not in path.read_bytes().lower()
             path.unlink()
-    assert main(["--plots", *small]) == 0
+    assert main(["--plots", "--page", str(page)]) == 0  # of whatever size the numbers are
     assert page.read_text() == text
     assert {path: path.read_bytes() for path in (tmp_path / "claims").iterdir()} == made
     prose = re.sub(r"<!-- (.+?) -->.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
     assert prose == re.sub(r"<!-- (.+?) -->.*?<!-- end of \1 -->", "", before, flags=re.DOTALL)
+
+
+@torch.no_grad()
+def test_the_uses_are_shown(tmp_path, models, capsys):
+    """The sheet holds the layout, the mixture that magicmix makes, and the numbers that the scores' formula gives."""
+    page = trial(tmp_path)
+    assert uses.main(["--page", str(page)]) == 2
+    assert "do not exist" in capsys.readouterr().err
+    small = ["--small", "--page", str(page), "-q", "--processes", "1"]
+    assert main(["--only", "2", *small]) == 0 and uses.main(["--page", str(page)]) == 2
+    assert "claim 9 lacks" in capsys.readouterr().err
+    assert main(["--only", "9", *small]) == 0 and uses.main(["--page", str(page)]) == 0
+    store = cases.open_store(tmp_path / "claims" / "scores.jsonl.gz")
+    rows = list(uses.uses(store))
+    assert [[use.asked for use in row] for row in rows] == [
+        ["a car + a 3d car"],
+        ["teapot + a tiger", "a car + a panda"],
+        ["a dog + a cat", "a cat + a dog"],
+        ["a car, s = -1"],
+    ]
+    points = store.points(Case("mix", "teapot", "a tiger", 1))
+    (mixed, layout, alone) = (points[point.key]["numbers"][0] for point in (Point(), LAYOUT, ALONE))
+    a, b = (mixed[0] - alone[0]) / (layout[0] - alone[0]), (mixed[1] - layout[1]) / (alone[1] - layout[1])
+    assert rows[1][0].measured == f"a {a:.2f}, b {b:.2f}"
+
+    picture = Image.open(tmp_path / "claims" / "uses.png")
+    across, down = 128 + MARGIN, 128 + MARGIN + LABEL
+    assert picture.size == (MARGIN + uses.COLUMNS * across, MARGIN + 8 * down)
+    *_, last = magicmix.magicmix(models, "a tiger", layout_path("teapot"), steps=4)
+    for row, expected in [(2, Image.open(layout_path("teapot"))), (3, magicmix.decode(models, last.x)[0])]:
+        x, y = MARGIN, MARGIN + row * down
+        shown = np.asarray(picture.crop((x, y, x + 128, y + 128)), dtype=int)
+        assert np.abs(shown - np.asarray(expected.convert("RGB"), dtype=int)).max() == 0
 
 
 def test_what_cannot_be_run(tmp_path, capsys):
@@ -437,12 +472,13 @@ def test_what_cannot_be_run(tmp_path, capsys):
 
     assert "give --page COPY.md too" in refused("--small")
     assert "does not exist" in refused("--page", tmp_path / "none.md")
+    assert "do not exist; run lab.sweep.claims first" in refused("--plots", "--page", page)
     scores = tmp_path / "claims" / "scores.jsonl.gz"
     scores.parent.mkdir()
     Store(scores, SMALL, {}).add(Case("plain", "", "a tiger", 1), {"seconds": 1, "calls": 1, "points": {}})
     whole = scores.read_bytes()
-    assert "was begun with another layouts" in refused("--plots", "--page", page)
-    assert "was begun with another dtype" in refused("--plots", "--small", "--dtype", "bf16", "--page", page)
+    assert "was begun with another layouts" in refused("--page", page)
+    assert "was begun with another dtype" in refused("--small", "--dtype", "bf16", "--page", page)
     for content in (whole[:-10], b"no gzip", gzip.compress(b"{}\n")):
         scores.write_bytes(content)
         assert "cannot be read" in refused("--plots", "--small", "--page", page)
