@@ -1,23 +1,19 @@
 """The pictures of the README and the model card, made by the embedded checkpoint.
 
-    python -m lab.sheets            all of them; thirteen minutes on one core
-    python -m lab.sheets nu s       only these
-
-docs/layouts holds the layouts: emoji that no training stage has seen (teapot, castle, handbag, pear, boot, sofa and
-trophy, from the sets that the model card credits), and three drawings that `drawings` below makes.
+python -m lab.sheets            all of them; thirteen minutes on one core
+python -m lab.sheets nu s       only these
 """
 
 import sys
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 import weights
 from command.pictures import fit, open_layout
+from lab.sheets import DOCS, LAYOUTS, PROMPTS, layout_path
 from lab.training import data
 from magicmix import decode, magicmix, text_to_image
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIDE, MARGIN, LABEL = 128, 4, 22  # pixels: of a picture, between two, of a line of text
 BLANK = Image.new("RGB", (SIDE, SIDE), "white")
 
@@ -38,10 +34,6 @@ class Studio:
     def text_to_image(self, prompt: str, **options) -> Image.Image:
         *_, last = text_to_image(self.models, prompt, **options)
         return decode(self.models, last.x)[0]
-
-
-def layout_path(name: str) -> Path:
-    return DOCS / "layouts" / f"{name}.png"
 
 
 def show(layout: str) -> Image.Image:
@@ -89,9 +81,6 @@ def drawings() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the sheets
-
-LAYOUTS = ["teapot", "castle", "handbag", "pear", "boot", "sofa", "trophy", "mug", "vase", "boat"]
-PROMPTS = ["tiger", "panda", "frog", "strawberry", "watermelon", "cactus", "donut", "pizza"]
 
 
 def hero(studio: Studio) -> None:
