@@ -31,9 +31,11 @@ machine.let_threads_sleep()  # with more than one: before torch is imported
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, PngImagePlugin  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import weights  # noqa: E402
+from lab.explain.screenshot import CHROMIUM, FLAGS  # noqa: E402
 
 TINY = ROOT / "weights" / "tiny"
 LAYOUT = ROOT / "docs" / "layouts" / "castle.png"
@@ -236,16 +238,11 @@ def write_again(path: Path, metadata: dict | str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not driven")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright  # slow, and few tests need it
-
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import torch
 
+from command import pictures
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "measured.md"
 
 
 def write(page: Path, key: str, text: str) -> None:
     """Replaces what stands between <!-- KEY --> and <!-- end of KEY -->, or appends it; all else stays as it is.
-    Lines of prose are wrapped as the pages' other lines are."""
+    Lines of prose are wrapped as the pages' other lines are. Raises OSError."""
     begin, end = f"<!-- {key} -->", f"<!-- end of {key} -->"
     lines = [line if line.startswith(("|", "!")) else textwrap.fill(line, 120) for line in text.strip().splitlines()]
     block, old = "\n".join([begin, *lines, end]), page.read_text(encoding="utf-8")
     found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", old, re.DOTALL)
     new = old[: found.start()] + block + old[found.end() :] if found else f"{old.rstrip()}\n\n{block}\n"
-    page.write_text(new, encoding="utf-8")
+    pictures.replace(page, "page", lambda file: file.write(new.encode()))
 
 
 def bfloat16_units() -> list[str]:

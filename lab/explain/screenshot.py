@@ -16,6 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from command import machine, pictures
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run"]  # fmt: skip
 
@@ -24,11 +25,10 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 def opened(page: Path, size: tuple[int, int]) -> Iterator[Page]:
     """A page in Chromium, in a window of `size` = (width, height). Raises FileNotFoundError or ValueError."""
     pictures.must_be_file(page, "page", "make page writes one")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
+    if CHROMIUM is None:
         raise FileNotFoundError("no Chromium is installed; install Debian's package chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         tab = browser.new_page(viewport={"width": size[0], "height": size[1]})
         tab.goto(page.resolve().as_uri())
         yield tab
