@@ -30,9 +30,9 @@ from lab.bench import page
 from lab.sheets import DOCS
 from lab.sweep import cases
 from lab.sweep.cases import CONTENTS, Design, Store
-from lab.sweep.paper import ANCHORS, CLAIMS, Claim, contents, crossed, drawn, each, left_out
+from lab.sweep.paper import ANCHORS, CLAIMS, Claim, contents, crossed, drawn, each, gains, left_out
 from lab.sweep.scores import JudgeEncoder, as_saved, measure, scores
-from lab.sweep.verdict import Panel, Result, draw, shown, table
+from lab.sweep.verdict import HOLDS, Panel, Result, draw, shown, table
 from magicmix import text_to_image
 
 PAGE = DOCS / "claims.md"
@@ -81,6 +81,16 @@ def judge_section(store: Store) -> str:
     return "\n".join(lines)
 
 
+def defaults_section(store: Store) -> str:
+    """What other values than the checkpoint's defaults would gain, in Markdown."""
+    found = gains(store)
+    better = [gain for gain in found if gain.verdict == HOLDS]
+    best = max(better, key=lambda gain: gain.found.value, default=None)
+    says = f"{best.text} gains most." if best else "None of them gains that much."
+    return "\n".join(["| in place of the default | min(a, b) gains | bound | |", "|---|---|---|---|",
+                      *(gain.line() for gain in found), "", says])  # fmt: skip
+
+
 def verdict_lines(results: dict[int, Result]) -> str:
     lines = ["| claim | verdict | measured |", "|---|---|---|"]
     for number, result in results.items():
@@ -104,6 +114,10 @@ def write(page_path: Path, store: Store, chosen: Sequence[Claim]) -> list[str]:
             draw(folder / f"{claim.number}.svg", results[claim.number].panels)
             page.write(page_path, f"claim {claim.number}", section(claim.number, results[claim.number]))
             told += [f"claim {claim.number}: {v.statement}: {v.word}" for v in results[claim.number].verdicts]
+    if {1, 2, 3} <= results.keys():
+        shares = [results[3].panels[0], results[2].panels[0], results[1].panels[1]]
+        draw(folder / "shares.svg", shares)  # the README's: a and b over nu, k_min and k_max
+        page.write(page_path, "defaults", defaults_section(store))
     if results:
         page.write(page_path, "verdicts", verdict_lines(results))
     if not store.missing(each(crossed(store.design), ANCHORS)):

@@ -446,6 +446,18 @@ def result_10(store: Store) -> Result:
     return Result(verdicts, panels, left_out(theirs.both))
 
 
+# -------------------------------------------------------------------------------------------------------- the defaults
+
+
+def gains(store: Store) -> list[Condition]:
+    """What the other points of the curves of claims 2 and 3 gain in min(a, b) against the default."""
+    names = [*(f"nu {nu:g}" for nu in NU), *(f"k_min {point.k_min:g}" for point in K_MINS)]
+    others = {point: name for point, name in zip([*NUS, *K_MINS], names) if point != Point()}
+    both = score(store, crossed(store.design), [*others, Point()], store.design.seeds).both
+    found = several(lambda d: mean(d, 3), both[..., :-1] - both[..., -1:], 3)
+    return [Condition(name, gain, 0.02, True) for name, gain in zip(others.values(), found)]
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim of the paper.
