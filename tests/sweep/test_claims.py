@@ -25,7 +25,7 @@ from lab.audit.variants import diffusers
 from lab.sheets import layout_path
 from lab.sweep import cases, paper, uses, verdict
 from lab.sweep.cases import ALONE, LAYOUT, Case, Design, Point, Store, Studio
-from lab.sweep.claims import main
+from lab.sweep.claims import defaults_section, main
 from lab.sweep.paper import CLAIMS, FEW, HIGHER, K_MINS, NU, NUS
 from lab.sweep.scores import Interval, JudgeEncoder, Numbers
 from lab.sweep.verdict import FAILS, HOLDS, OPEN, Condition, Verdict, spearman
@@ -63,10 +63,16 @@ DESIGN = Design(layouts=3, contents=4, animals=3, seeds=4, fewer=4)
 
 
 def made_up(tmp_path, number, answer, noise=0.02, design=DESIGN):
-    """A claim's result on numbers that `answer` gives: (case, point) -> those that are not what pure pictures have."""
-    claim, rng, names = CLAIMS[number - 1], np.random.default_rng(0), JudgeEncoder().names
+    """A claim's result on made-up numbers."""
+    claim = CLAIMS[number - 1]
+    return claim.result(filled(tmp_path, claim.needs(design), answer, noise, design))
+
+
+def filled(tmp_path, needs, answer, noise=0.02, design=DESIGN):
+    """Numbers that `answer` gives: (case, point) -> those that are not what pure pictures have."""
+    rng, names = np.random.default_rng(0), JudgeEncoder().names
     store = Store(tmp_path / "scores.jsonl.gz", design, {})
-    for case, points in claim.needs(design).items():
+    for case, points in needs.items():
         line = {"case": list(case), "seconds": 1, "calls": 1, "points": {}}
         for point in points:
             plain = {"A": 0.0, "B": 0.6, "named": names.index(case.concept), "grey": 0.2, "overlap": 0.5}
@@ -84,7 +90,7 @@ def made_up(tmp_path, number, answer, noise=0.02, design=DESIGN):
                 entry["vectors"] = [[0.6 * (prompt == case.prompt) for prompt in cases.CONTENTS]] * case.seeds
             line["points"][point.key] = entry
         store.lines[case] = line
-    return claim.result(store)
+    return store
 
 
 def words(result):
@@ -142,6 +148,23 @@ def test_claim_3(tmp_path):
 def test_the_interval_of_an_absolute_value():
     for found, expected in [((1, -1, 2), (1, 0, 2)), ((-1, -3, -0.5), (1, 0.5, 3)), ((2, 1, 3), (2, 1, 3))]:
         assert verdict.size(Interval(*found)) == expected
+
+
+def test_the_defaults(tmp_path):
+    """Another value becomes the default where its whole interval is above 0.02; of two, the one that gains more."""
+    needs = cases.merged([CLAIMS[i].needs(DESIGN) for i in (1, 2)])
+    both = {Point(): 0.4, Point(nu=0.8): 0.55, Point(k_min=0.08): 0.5, Point(nu=0.5): 0.41}  # A and B of min(a, b)
+    answer = lambda case, point: {"A": both[point], "B": 0.6 * both[point]} if point in both else None
+    store = filled(tmp_path, needs, answer, noise=0)
+    found = {gain.text: gain for gain in paper.gains(store)}
+    assert len(found) == 8 and [name for name, gain in found.items() if gain.verdict == HOLDS] == [
+        "nu 0.8",
+        "k_min 0.08",
+    ]
+    assert abs(found["nu 0.8"].found.value - 0.15) < 1e-9 and abs(found["nu 0.5"].found.value - 0.01) < 1e-9
+    assert defaults_section(store).endswith("\nnu 0.8 gains most.")
+    alike = filled(tmp_path, needs, lambda case, point: {"A": 0.4, "B": 0.24} if point in both else None)
+    assert defaults_section(alike).endswith("\nNone of them gains that much.")
 
 
 def test_claim_4(tmp_path):
