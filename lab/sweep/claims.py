@@ -30,7 +30,7 @@ from lab.bench import page
 from lab.sheets import DOCS
 from lab.sweep import cases
 from lab.sweep.cases import CONTENTS, Design, Store
-from lab.sweep.paper import ANCHORS, CLAIMS, Claim, contents, crossed, drawn, each, gains, left_out
+from lab.sweep.paper import ANCHORS, CLAIMS, Claim, check_judge, contents, crossed, drawn, each, gains, left_out
 from lab.sweep.scores import JudgeEncoder, as_saved, measure, scores
 from lab.sweep.verdict import HOLDS, Panel, Result, draw, shown, table
 from magicmix import text_to_image
@@ -83,6 +83,8 @@ def judge_section(store: Store) -> str:
 
 def defaults_section(store: Store) -> str:
     """What other values than the checkpoint's defaults would gain, in Markdown."""
+    if wrong := check_judge(store, crossed(store.design)):
+        return f"Nothing can be told: {wrong}."
     found = gains(store)
     better = [gain for gain in found if gain.verdict == HOLDS]
     best = max(better, key=lambda gain: gain.found.value, default=None)
@@ -95,7 +97,7 @@ def verdict_lines(results: dict[int, Result]) -> str:
     lines = ["| claim | verdict | measured |", "|---|---|---|"]
     for number, result in results.items():
         for verdict in result.verdicts:
-            c = verdict.conditions[0]
+            c = verdict.deciding
             lines.append(f"| {number}. {verdict.statement} | {verdict.word} | {c.text}: {shown(*c.found)} |")
     return "\n".join(lines)
 

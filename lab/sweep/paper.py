@@ -1,7 +1,7 @@
 """The ten claims of the paper: what each needs, and what its numbers come to. docs/claims.md states them.
 
-Arrays have the axes layouts, contents, seeds and points, in that order; where layouts and contents are not crossed,
-cases in place of both.
+Arrays have the axes layouts, contents, seeds and points, in that order. Pairs of layout and content that were not made
+are NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,9 +48,21 @@ def some(design: Design) -> list[Case]:
 
 def each(cases: Sequence, points: Sequence[Point]) -> Needs:
     """The points of every case, in the order of the contents, which keeps a content's own pictures at hand."""
-    flat = list(np.asarray(cases, dtype=object).reshape(-1, len(Case._fields)))
-    found = [Case(*case) for case in flat]
-    return {case: list(points) for case in sorted(found, key=lambda case: case.prompt)}
+    return {case: list(points) for case in sorted(flat(cases), key=lambda case: case.prompt)}
+
+
+def flat(cases: Sequence) -> list[Case]:
+    """The cases of nested lists."""
+    return [cases] if isinstance(cases, Case) else [case for part in cases for case in flat(part)]
+
+
+def by_pair(cases: Sequence[Case], data: np.ndarray) -> np.ndarray:
+    """Data (cases, ...) -> (layouts, contents, ...), NaN for the pairs that are no case."""
+    rows, columns = (list(dict.fromkeys(getattr(case, name) for case in cases)) for name in ("layout", "prompt"))
+    found = np.full((len(rows), len(columns), *data.shape[1:]), np.nan)
+    for case, values in zip(cases, data):
+        found[rows.index(case.layout), columns.index(case.prompt)] = values
+    return found
 
 
 ANCHORS = (LAYOUT, ALONE)
@@ -89,14 +101,20 @@ def steady(what: str, axis: str, xs: Sequence[float], data: np.ndarray, axes: in
 
 
 def needs_1(design: Design) -> Needs:
-    return each(crossed(design), [*ANCHORS, *HIGHER])
+    return each(crossed(design), [*ANCHORS, *HIGHER, *FEW])
 
 
 def result_1(store: Store) -> Result:
     design, grid = store.design, crossed(store.design)
-    m, alone = (store.numbers(grid, points, design.seeds) for points in (HIGHER, [ALONE]))
-    shares = [anchored(getattr(m, name), getattr(alone, name), np.ones(1), MARGIN) for name in ("low", "high")]
-    data = np.stack(shares, axis=-1)  # (layouts, contents, seeds, points, 2)
+    alone = store.numbers(grid, [ALONE], design.seeds)
+
+    def low_and_high(points: Sequence[Point]) -> np.ndarray:
+        """(layouts, contents, seeds, points, 2)"""
+        m = store.numbers(grid, points, design.seeds)
+        kinds = [anchored(getattr(m, name), getattr(alone, name), np.ones(1), MARGIN) for name in ("low", "high")]
+        return np.stack(kinds, axis=-1)
+
+    data, start = low_and_high(HIGHER), low_and_high(FEW)
 
     def means(data: np.ndarray) -> np.ndarray:
         return mean(data, 3)
@@ -112,13 +130,16 @@ def result_1(store: Store) -> Result:
         Condition("share of low that is left, less that of high", scalar(ratio, data, 3), 0.1, True),
     ]  # fmt: skip
     ab = score(store, grid, HIGHER, design.seeds)
-    xs = [point.k_max for point in HIGHER]
+    names, xs = ("low (coarse layout)", "high (detail)"), [point.k_max for point in HIGHER]
     panels = [
-        Panel("k_max", xs, {"low (coarse layout)": curve(shares[0], 3), "high (detail)": curve(shares[1], 3)}),
+        Panel("k_max", xs, {name: curve(data[..., i], 3) for i, name in enumerate(names)}),
         Panel("k_max", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3)}),
-    ]
+        Panel("k_max, nu = 1", [point.k_max for point in FEW],
+              {name: curve(start[..., i], 3) for i, name in enumerate(names)}),
+    ]  # fmt: skip
+    notes = [f"{name}: {left_out(data[..., i])}" for i, name in enumerate(("Low", "High"))]
     return Result([Verdict("A higher K_max keeps the coarse layout and drops its detail", conditions)], panels,
-                  left_out(shares[0]))  # fmt: skip
+                  f"a and b: {left_out(ab.a)}", notes)  # fmt: skip
 
 
 def needs_2(design: Design) -> Needs:
@@ -228,8 +249,10 @@ def result_6(store: Store) -> Result:
     shape = mean(store.numbers(grid, [ALONE], seeds).overlap[..., 0], (2,))  # (layouts, contents)
     both = score(store, grid, NUS, seeds).both
     half = max(1, seeds // 2)
-    chosen = np.nan_to_num(mean(both[:, :, :half], (2,)), nan=-np.inf).argmax(axis=-1)  # (layouts, contents)
+    known = mean(both[:, :, :half], (2,))  # (layouts, contents, nu)
+    chosen = np.nan_to_num(known, nan=-np.inf).argmax(axis=-1)  # (layouts, contents)
     best = np.take_along_axis(mean(both[:, :, -half:], (2,)), chosen[..., None], axis=-1)[..., 0]
+    best = np.where(np.isnan(known).all(axis=-1), np.nan, best)
     data = np.stack([shape, best], axis=-1)
 
     def least(data: np.ndarray) -> float:
@@ -244,7 +267,8 @@ def result_6(store: Store) -> Result:
     ]  # fmt: skip
     panels = [Scatter("overlap of layout and content alone", "min(a, b) at the best nu", shape.ravel(), best.ravel())]
     verdict = Verdict("Concepts without shared shape cannot be mixed", conditions)
-    return Result([verdict], panels, left_out(both), [f"Of all pairs {(best >= MIXED).mean():.0%} are mixed."])
+    mixed = np.where(np.isnan(best), np.nan, best >= MIXED)
+    return Result([verdict], panels, left_out(both), [f"Of all pairs {mean(mixed, 2):.0%} are mixed."])
 
 
 def plain(design: Design) -> list[Case]:
@@ -264,26 +288,28 @@ def result_7(store: Store) -> Result:
     chance = [np.delete(likeness[:, i], i).mean() for i in range(design.contents)]
     data = anchored(B, np.asarray(chance)[:, None, None], B[..., [WORDS.index(1)]], MARGIN)  # (contents, seeds, s)
     ab = score(store, some(design), [Point(s=s) for s in WORDS_MIXED], design.fewer)
+    a, b = (by_pair(some(design), x) for x in (ab.a, ab.b))  # (layouts, contents, seeds, s)
 
     def at(s: float, data: np.ndarray) -> float:
         return float(mean(data[..., WORDS.index(s)], 2))
 
-    def stronger(axis: Sequence[float], data: np.ndarray) -> float:
-        return float(mean(data[..., axis.index(2)] - data[..., axis.index(1)], 2))
+    def stronger(axis: Sequence[float], axes: int, data: np.ndarray) -> float:
+        return float(mean(data[..., axis.index(2)] - data[..., axis.index(1)], axes))
 
     conditions = [
         Condition("B at s = -1", scalar(partial(at, -1), data, 2), 0.1, False),
         Condition("B at s = 0", scalar(partial(at, 0), data, 2), 0.1, False),
-        Condition("B at s = 2 less that at 1", scalar(partial(stronger, WORDS), data, 2), 0.02, True),
+        Condition("B at s = 2 less that at 1", scalar(partial(stronger, WORDS, 2), data, 2), 0.02, True),
         *steady("B", "s", WORDS, data, 2, "falls"),
-        Condition("in mixes, b at s = -1", scalar(lambda d: mean(d[..., 0], 2), ab.b, 2), 0.1, False),
-        Condition("in mixes, b at s = 2 less that at 1", scalar(partial(stronger, WORDS_MIXED), ab.b, 2), 0.02, True),
+        Condition("in mixes, b at s = -1", scalar(lambda d: mean(d[..., 0], 3), b, 3), 0.1, False),
+        Condition("in mixes, b at s = 2 less that at 1", scalar(partial(stronger, WORDS_MIXED, 3), b, 3), 0.02, True),
     ]
     panels = [
         Panel("s, text-to-image", WORDS, {"B": curve(data, 2)}),
-        Panel("s, in mixes", WORDS_MIXED, {"a": curve(ab.a, 2), "b": curve(ab.b, 2)}),
+        Panel("s, in mixes", WORDS_MIXED, {"a": curve(a, 3), "b": curve(b, 3)}),
     ]
-    return Result([Verdict("s < 0 removes the concept, s > 1 strengthens it", conditions)], panels, left_out(ab.a))
+    verdict = Verdict("s < 0 removes the concept, s > 1 strengthens it", conditions)
+    return Result([verdict], panels, f"Mixes: {left_out(ab.a)}", [f"Text-to-image: {left_out(data)}"])
 
 
 def needs_8(design: Design) -> Needs:
@@ -344,11 +370,11 @@ def removed(design: Design) -> list[Case]:
 
 def needs_9(design: Design) -> Needs:
     return cases.merged([
-        each(styled(design), [LAYOUT, Point()]),
+        each(styled(design), [*ANCHORS, Point()]),
         each(known_styles(design), [ALONE]),
         each(crossed(design), [*ANCHORS, Point()]),
         each(breeds(design), [*ANCHORS, Point()]),
-        each(removed(design), [LAYOUT, Point(), Point(s=-1.0)]),
+        each(removed(design), [*ANCHORS, Point(), Point(s=-1.0)]),
     ])  # fmt: skip
 
 
@@ -383,35 +409,44 @@ def result_9(store: Store) -> Result:
     )  # (layouts, styles, seeds)
     style = np.moveaxis(style, 1, 2).astype(float)  # (layouts, seeds, styles)
     kept = np.stack([name(row, Point(), design.fewer).T for row in styled(design)]).astype(float)
+
+    def low(cases: Sequence, point: Point) -> np.ndarray:
+        """(..., seeds)"""
+        return store.numbers(cases, [point], design.fewer).low[..., 0]
+
+    nearer = np.moveaxis(low(styled(design), Point()) - low(styled(design), ALONE), 1, 2)  # (layouts, seeds, styles)
     transfer = [
         Condition("share in the prompt's style", scalar(lambda d: float(d.mean()), style, 2), 0.5, True),
         Condition("share named as the layout", scalar(lambda d: float(d.mean()), kept, 2), 0.5, True),
+        Condition("low, less that of the prompt alone", scalar(lambda d: float(d.mean()), nearer, 2), 0.1, True),
     ]
-    grid = score(store, crossed(design), [Point()], design.seeds).both[..., 0]
-    animals = score(store, breeds(design), [Point()], design.fewer).both[..., 0]
-    uses = {"Novel objects": (grid, 3), "Breed mixing": (animals, 2)}
-    text, verdicts = "share with min(a, b) of 0.25 or more", []
-    for use, (both, axes) in uses.items():
-        is_mixed = np.where(np.isnan(both), np.nan, both >= MIXED)
-        found = scalar(partial(mean, axes=axes), is_mixed, axes)
-        verdicts.append(Verdict(use, [Condition(text, found, 0.5, True)]))
     cases_ = removed(design)
+    known_layouts = float(name(cases_, LAYOUT, 1).mean())
+    check = "" if known_layouts >= NAMED else f"the judge names {known_layouts:.0%} of the layouts"
+    if right < 0.6:
+        check = f"the styles' centres put {right:.0%} of pure pictures right"
+    verdicts = [Verdict("Style transfer", transfer, check)]
+    notes = [f"The styles' centres put {right:.0%} of the text-to-image pictures right; a quarter would be chance."]
+    for use, cases_of, seeds in (("Novel objects", flat(crossed(design)), design.seeds),
+                                 ("Breed mixing", breeds(design), design.fewer)):  # fmt: skip
+        both = score(store, cases_of, [Point()], seeds).both
+        is_mixed = by_pair(cases_of, np.where(np.isnan(both), np.nan, both >= MIXED)[..., 0])
+        found = scalar(partial(mean, axes=3), is_mixed, 3)
+        condition = Condition("share with min(a, b) of 0.25 or more", found, 0.5, True)
+        verdicts.append(Verdict(use, [condition], check_judge(store, cases_of)))
+        notes.append(f"{use}: {left_out(both)}")
     still, before = (name(cases_, point, design.fewer).astype(float) for point in (Point(s=-1.0), Point()))
-    low = store.numbers(cases_, [Point(s=-1.0)], design.fewer).low[..., 0]
     removal = [
         Condition("share still named so at s = -1", scalar(partial(mean, axes=2), still, 2), 0.25, False),
-        Condition("low, the coarse layout", scalar(partial(mean, axes=2), low, 2), 0.5, True),
+        Condition("low, the coarse layout", scalar(partial(mean, axes=2), low(cases_, Point(s=-1.0)), 2), 0.5, True),
     ]
-    check = "" if right >= 0.6 else f"the styles' centres put {right:.0%} of pure pictures right"
-    verdicts = [Verdict("Style transfer", transfer, check), *verdicts, Verdict("Concept removal", removal)]
-    shares = {"share": curve(style, 2)}
-    notes = [
-        f"The styles' centres put {right:.0%} of the text-to-image pictures right; a quarter would be chance.",
-        f"At s = 1 the judge names {before.mean():.0%} of the mixes of a layout with its own name so.",
-        f"Novel objects: {left_out(grid[..., None])}",
-        f"Breed mixing: {left_out(animals[..., None])}",
+    check = "" if known_layouts >= NAMED else f"the judge names {known_layouts:.0%} of the layouts"
+    verdicts.append(Verdict("Concept removal", removal, check))
+    notes += [
+        f"At s = 1 the judge names {before.mean():.0%} of the mixes of a layout with its own name so. The name's own "
+        f"text-to-image pictures have {low(cases_, ALONE).mean():.2f} of low against the layouts."
     ]
-    return Result(verdicts, [Panel("style of the prompt", STYLES, shares)], "", notes)
+    return Result(verdicts, [Panel("style of the prompt", STYLES, {"share": curve(style, 2)})], "", notes)
 
 
 LOOPS = [Point(nu=nu, loop="unmixed carried") for nu in (0.5, 0.7, 0.9)]
@@ -426,22 +461,23 @@ def result_10(store: Store) -> Result:
     design, grid = store.design, some(store.design)
     theirs = score(store, grid, LOOPS, design.fewer)
     ours = score(store, grid, [Point(nu=point.nu) for point in LOOPS], design.fewer)
-    less = ours.both - theirs.both  # (cases, seeds, loops)
+    less = by_pair(grid, ours.both - theirs.both)  # (layouts, contents, seeds, loops)
     verdicts = []
     for i, point in enumerate(LOOPS):
         if point.nu == 0.7:
-            found = scalar(partial(mean, axes=2), less[..., i], 2)
+            found = scalar(partial(mean, axes=3), less[..., i], 3)
             statement = f"The departure {point.loop!r} costs something"
             verdicts.append(Verdict(statement, [Condition("min(a, b) is lower by", found, 0.02, True)]))
     verdicts.sort(key=lambda verdict: "unmixed" not in verdict.statement)
     names = [point.loop for point in LOOPS[3:]]
     panels = [
         Panel("nu", [point.nu for point in LOOPS[:3]], {
-            "min(a, b), this project": curve(ours.both[..., :3], 2),
-            "min(a, b), unmixed carried": curve(theirs.both[..., :3], 2),
-            "a, this project": curve(ours.a[..., :3], 2), "a, unmixed carried": curve(theirs.a[..., :3], 2)}),
+            "min(a, b), this project": curve(by_pair(grid, ours.both[..., :3]), 3),
+            "min(a, b), unmixed carried": curve(by_pair(grid, theirs.both[..., :3]), 3),
+            "a, this project": curve(by_pair(grid, ours.a[..., :3]), 3),
+            "a, unmixed carried": curve(by_pair(grid, theirs.a[..., :3]), 3)}),
         Panel("loop, less this project's", names, {
-            "min(a, b)": curve(-less[..., 3:], 2), "a": curve((theirs.a - ours.a)[..., 3:], 2)}),
+            "min(a, b)": curve(-less[..., 3:], 3), "a": curve(by_pair(grid, (theirs.a - ours.a)[..., 3:]), 3)}),
     ]  # fmt: skip
     return Result(verdicts, panels, left_out(theirs.both))
 
@@ -451,11 +487,14 @@ def result_10(store: Store) -> Result:
 
 def gains(store: Store) -> list[Condition]:
     """What the other points of the curves of claims 2 and 3 gain in min(a, b) against the default."""
-    names = [*(f"nu {nu:g}" for nu in NU), *(f"k_min {point.k_min:g}" for point in K_MINS)]
-    others = {point: name for point, name in zip([*NUS, *K_MINS], names) if point != Point()}
+    names = [*(f"nu {nu:g}" for nu in NU), *(f"k_min {point.k_min:g}" for point in K_MINS[:-1])]  # the last is nu 1
+    others = {point: name for point, name in zip([*NUS, *K_MINS[:-1]], names) if point != Point()}
     both = score(store, crossed(store.design), [*others, Point()], store.design.seeds).both
     found = several(lambda d: mean(d, 3), both[..., :-1] - both[..., -1:], 3)
     return [Condition(name, gain, 0.02, True) for name, gain in zip(others.values(), found)]
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
 
 
 @dataclass(frozen=True)
@@ -466,31 +505,30 @@ class Claim:
         number: on the page.
         needs: design -> the points of each case that it needs.
         made_of: store -> the result, where all that is there; `result` also asks whether the judge can be trusted.
-        is_judged: whether its measures are the judge's.
+        judged: design -> the cases that the judge scores, in nested lists; none where its result asks itself.
     """
 
     number: int
     needs: Callable[[Design], Needs]
     made_of: Callable[[Store], Result]
-    is_judged: bool = True
+    judged: Callable[[Design], Sequence] = lambda design: []
 
     def result(self, store: Store) -> Result:
         found = self.made_of(store)
-        if self.is_judged and (wrong := check_judge(store, self.needs(store.design))):
-            return found._replace(verdicts=[v._replace(check=v.check or wrong) for v in found.verdicts])
-        return found
+        wrong = check_judge(store, self.judged(store.design))
+        return found._replace(verdicts=[v._replace(check=v.check or wrong) for v in found.verdicts])
 
 
-def check_judge(store: Store, needs: Needs) -> str:
+def check_judge(store: Store, cases: Sequence) -> str:
     """What keeps the judge's scores of these cases from telling anything; "" where nothing does."""
     names, named, out = JudgeEncoder().names, [], []
-    for case in [case for case, points in needs.items() if ALONE in points and not case.has_style]:
+    for case in flat(cases):
         alone = store.numbers(case, [ALONE], case.seeds)
         named += list(alone.named[:, 0] == names.index(case.concept))
         if case.kind != "plain":
             layout = store.numbers(case, [LAYOUT], case.seeds)
             out += list(np.isnan(scores(alone, layout, alone).a[:, 0]))
-    if np.mean(named) < NAMED:
+    if named and np.mean(named) < NAMED:
         return f"the judge names {np.mean(named):.0%} of the contents alone"
     if out and np.mean(out) > LEFT_OUT:
         return f"{np.mean(out):.0%} of the scores are left out"
@@ -498,14 +536,14 @@ def check_judge(store: Store, needs: Needs) -> str:
 
 
 CLAIMS = [
-    Claim(1, needs_1, result_1, is_judged=False),
-    Claim(2, needs_2, result_2),
-    Claim(3, needs_3, result_3),
-    Claim(4, needs_4, result_4),
-    Claim(5, needs_5, result_5),
-    Claim(6, needs_6, result_6),
-    Claim(7, needs_7, result_7),
-    Claim(8, needs_8, result_8),
+    Claim(1, needs_1, result_1),
+    Claim(2, needs_2, result_2, crossed),
+    Claim(3, needs_3, result_3, crossed),
+    Claim(4, needs_4, result_4, lambda design: crossed(design, of=drawn(design))),
+    Claim(5, needs_5, result_5, crossed),
+    Claim(6, needs_6, result_6, crossed),
+    Claim(7, needs_7, result_7, lambda design: [*plain(design), *some(design)]),
+    Claim(8, needs_8, result_8, lambda design: [crossed(design, kind, drawn(design)) for kind in ("text", "mix")]),
     Claim(9, needs_9, result_9),
-    Claim(10, needs_10, result_10),
+    Claim(10, needs_10, result_10, some),
 ]

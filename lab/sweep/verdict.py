@@ -52,6 +52,12 @@ class Verdict(NamedTuple):
             return OPEN
         return FAILS if FAILS in found else OPEN if OPEN in found else HOLDS
 
+    @property
+    def deciding(self) -> Condition:
+        """The first condition that does not hold, or else that cannot be told, or else the first."""
+        order = {FAILS: 0, OPEN: 1, HOLDS: 2}
+        return min(self.conditions, key=lambda condition: order[condition.verdict])
+
 
 def shown(value: float, low: float, high: float) -> str:
     return f"{value:.2f} ({low:.2f} .. {high:.2f})"
