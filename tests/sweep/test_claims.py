@@ -220,10 +220,9 @@ def test_claim_6(tmp_path):
     assert words(made_up(tmp_path, 6, follows(0.5, 0.4), 0, design)) == [FAILS]
     assert words(made_up(tmp_path, 6, follows(0.9, -0.9), 0, design)) == [FAILS]
 
-    def without_one(case, point):  # the content alone is too near to its layout
-        return {"A": 0.9, "overlap": 0.1} if point == ALONE and case == pairs[0] else follows(0.0, 0.6)(case, point)
-
-    found = made_up(tmp_path, 6, without_one, 0, design)
+    store = filled(tmp_path, CLAIMS[5].needs(design), follows(0.0, 0.6), 0, design)
+    store.lines[pairs[0]]["points"][ALONE.key]["numbers"][0][0] = 0.9  # A, of the one seed that chooses
+    found = CLAIMS[5].result(store)
     assert words(found) == [HOLDS] and np.isnan(found.panels[0].ys).sum() == 1
 
 
