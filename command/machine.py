@@ -219,12 +219,13 @@ def choose_device(name: str):
     return torch.device(name)
 
 
-def check_memory(needed: int, device) -> None:
-    """Raises ValueError when so many bytes are more than the device has free."""
+def check_memory(needed: int, device, fewer: str = "--count") -> None:
+    """Raises ValueError when so many bytes are more than the device has free. `fewer` is the option for how many
+    pictures are decoded at once."""
     free = free_memory(device)
     if needed > free:
         amounts = f"at least {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
-        raise ValueError(f"decoding the pictures needs {amounts}; a smaller --size or --count needs less")
+        raise ValueError(f"decoding the pictures needs {amounts}; a smaller --size or {fewer} needs less")
 
 
 def free_memory(device) -> int:

@@ -35,7 +35,7 @@ from lab.sweep import grid, page, plan, ranks, show
 from lab.sweep.folder import Folder, open_folder
 from lab.sweep.grid import LOADING, NOISE, SINGLE, Cell, Grid
 from lab.sweep.plan import Lane
-from lab.sweep.ranks import Ranks
+from lab.sweep.ranks import Elsewhere, Ranks
 from lab.sweep.run import Batch, Done, Failed, Walk, automatic
 from magicmix import decode
 from weights import memory
@@ -72,18 +72,34 @@ class Sweep:
             for line in lines:
                 print(line, flush=True)
 
-    def run(self) -> None:
-        """Makes what is missing, one checkpoint after the other."""
+    def run(self) -> list[Exception]:
+        """Makes what is missing, one checkpoint after the other. Returns what ended this rank's share of it."""
         cells = self.grid.cells()  # the checkpoint's options are the outermost axes
-        for number, (_, group) in enumerate(groupby(cells, lambda cell: [cell.values.get(name) for name in LOADING])):
-            Part(self, f"part {number}", list(group)).run()
+        parts = [list(group) for _, group in groupby(cells, lambda c: [c.values.get(name) for name in LOADING])]
+        errors = [self.run_part(f"part {number}", part, len(parts) == 1) for number, part in enumerate(parts)]
+        return [error for error in errors if error]
+
+    def run_part(self, name: str, cells: list[Cell], is_all: bool) -> Exception | None:
+        """Makes the cells of one checkpoint. Where that cannot be used they fail, or, if they are all, it raises
+        ValueError."""
+        part, error = self.ranks.together(partial(Part, self, name, cells))
+        if not error:
+            return part.run()
+        if is_all:
+            raise error if self.ranks.rank == 0 else Elsewhere()
+        if "plan" in self.given:
+            self.tell(f"{len(cells):,} cells would fail: {error}")
+        elif self.ranks.rank == 0:
+            for cell in cells:
+                self.folder.record(0, cell=cell.number, status="failed", reason=str(error))
+        return None
 
     def finish(self) -> int:
         """What rank 0 makes of all that is there. Returns how many cells failed."""
         lines = show.entries(self.folder, self.folder.records())
         show.write_index(self.folder, lines)
-        self.tell(*show.write_sheets(self.folder, lines))
         page.write(self.folder, lines)
+        self.tell(*show.write_sheets(self.folder, lines))
         self.tell(self.folder.path / "index.jsonl", self.folder.path / "page.html")
         reasons: dict[str, list[int]] = {}
         for line in lines:
@@ -103,6 +119,8 @@ class Part:
         sweep: which they are part of.
         name: what the ranks call this part.
         cells: the cells.
+
+    Raises ValueError or OSError for a checkpoint that cannot be loaded, that has changed, or that does not fit.
     """
 
     def __init__(self, sweep: Sweep, name: str, cells: list[Cell]):
@@ -111,21 +129,25 @@ class Part:
         device = {name: value for name, value in sweep.given.items() if name == "device"}
         r = request.Request(device | loading, {}, range(0), [], None, None)
         self.models = weights.load(**r.loading() | {"free_after_use": False})  # they are used again and again
-        digest = hashlib.sha256(json.dumps(self.models.identity, sort_keys=True).encode())
+        # All that the numbers depend on and that the axes do not say.
+        defaults = {name: value for name, value in self.models.defaults.items() if name not in cells[0].values}
+        dtypes = [str(self.models.dtype), str(self.models.vae.post_quant_conv.weight.dtype)]
+        digest = hashlib.sha256(json.dumps([self.models.identity, defaults, dtypes], sort_keys=True).encode())
         self.identity = digest.hexdigest()[:16]
         self.last = NOTHING, []  # the latents that were decoded last, and their pictures
-
-    def run(self) -> None:
-        """Makes this rank's share of what is missing, and waits for the others."""
-        sweep, world = self.sweep, self.sweep.ranks.world
         self.check_checkpoint()
-        batch = sweep.ranks.from_first(self.batch)
+        self.batch = self.fitting_batch() if sweep.ranks.rank == 0 else None
+
+    def run(self) -> Exception | None:
+        """Makes this rank's share of what is missing, and waits for the others. Returns what ended it."""
+        sweep, world = self.sweep, self.sweep.ranks.world
+        batch = sweep.ranks.from_first(lambda: self.batch)
         lanes, refused = plan.lanes(self.cells, self.models.defaults, batch.size)
         missing = [lane for lane in lanes if any(cell.number not in sweep.done for cell in lane.cells)]
         shares = plan.share(missing, world)
         sweep.tell(*self.models.notes, *self.cut_off(), *self.planned(lanes, missing, shares, batch))
         if "plan" in sweep.given:
-            return
+            return None
         if sweep.ranks.rank == 0:
             for cell, reason in refused:
                 sweep.folder.record(0, cell=cell.number, status="failed", reason=reason)
@@ -134,8 +156,7 @@ class Part:
         with self.bar:
             error = self.make(shares[sweep.ranks.rank])
             sweep.ranks.wait(f"{self.name} ends", self.bar.refresh)
-        if error:
-            raise error
+        return error
 
     def make(self, lanes: Sequence[Lane]) -> Exception | None:
         """Makes and writes lanes. Returns what ended it, so that the other ranks' work goes on before it is raised."""
@@ -155,9 +176,10 @@ class Part:
         for cell in self.cells:
             if self.sweep.done.get(cell.number, {}).get("checkpoint", self.identity) != self.identity:
                 where = f"output {str(self.sweep.folder.path)!r}"
-                raise ValueError(f"{where} was begun with another checkpoint than is there now; give a new name")
+                differs = "with another checkpoint, other defaults or another dtype than now"
+                raise ValueError(f"{where} was begun {differs}; give a new name")
 
-    def batch(self) -> Batch:
+    def fitting_batch(self) -> Batch:
         """The batch that was asked for, or the automatic one. Raises ValueError for pictures that cannot fit."""
         axes, asked = self.sweep.grid.axes, self.sweep.given.get("batch")
         kind = options.FACTS["size"]["kind"]
@@ -167,7 +189,7 @@ class Part:
         latent = tuple(side // factor for side in largest)
         batch = Batch(asked, True) if asked else automatic(self.models, latent, rows)
         needed = memory.decoding_bytes(self.models.vae, latent, min(batch.size, rows))
-        machine.check_memory(needed, self.models.device)
+        machine.check_memory(needed, self.models.device, "--batch")
         return batch
 
     def planned(self, lanes: list[Lane], missing: list[Lane], shares: list[list[Lane]], batch: Batch) -> Iterator[str]:
@@ -196,7 +218,13 @@ class Part:
     def write(self, end: Done | Failed) -> None:
         """Writes the pictures of a lane that are not there yet, and a line for each."""
         missing = [row for row, cell in enumerate(end.lane.cells) if cell.number not in self.sweep.done]
+        if not missing:
+            return
         ((_, made),) = self.walk.attempt(self.decoded, [end]) if isinstance(end, Done) else [(end, end.reason)]
+        if isinstance(made, str) and len(end.lane.cells) > 1:  # each cell alone
+            for row in missing:
+                self.write(end.only(row))
+            return
         for row in missing:
             cell, rank = end.lane.cells[row], self.sweep.ranks.rank
             if isinstance(made, str):
@@ -288,32 +316,44 @@ def begin(asked: dict, opened: list[Folder]) -> tuple:
     return g, given, output, files, done
 
 
-def sweep(asked: dict, failed: list[int]) -> None:
-    """Does what the command line asks for; appends how many cells failed. Raises ValueError or OSError."""
+def sweep(asked: dict, members: list[Ranks], failed: list[int]) -> None:
+    """Does what the command line asks for; appends the ranks that it has joined, and how many cells failed. Raises
+    ValueError or OSError."""
     joined = ranks.join(asked.get("device", "auto"))
+    members.append(joined)
     opened: list[Folder] = []  # on rank 0, with its lock
+    g, given, output, files, done = joined.from_first(partial(begin, asked, opened))
+    this = Sweep(g, given, joined, opened[0] if opened else Folder(Path(output), g), files, done)
+    errors = this.run()
     try:
-        g, given, output, files, done = joined.from_first(partial(begin, asked, opened))
-        this = Sweep(g, given, joined, opened[0] if opened else Folder(Path(output), g), files, done)
-        this.run()
         if joined.rank == 0 and "plan" not in given:
             failed.append(this.finish())
     finally:
-        joined.leave()
+        joined.wait("finished", lambda: None)  # torchrun ends all ranks when one ends with an error
+    if errors:
+        raise errors[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     speaks = contextlib.nullcontext() if ranks.is_first() else contextlib.redirect_stderr(open(os.devnull, "w"))
-    with speaks:
-        asked = grid.parse(argv, __doc__, weights.own_options(weights.TINY))
+    try:
+        with speaks:
+            asked = grid.parse(argv, __doc__, weights.own_options(weights.TINY))
+    except SystemExit:
+        ranks.join("cpu").leave()
+        raise
     failed: list[int] = []
+    members: list[Ranks] = []
     quiet = asked.get("quiet", False) or not ranks.is_first()
     try:
-        code = machine.run("lab.sweep", lambda: sweep(asked, failed), quiet, asked.get("debug", False))
-    except ranks.Elsewhere:
+        code = machine.run("lab.sweep", lambda: sweep(asked, members, failed), quiet, asked.get("debug", False))
+    except Elsewhere:
         return 2
+    finally:
+        for joined in members:  # what there is to say has been said
+            joined.leave()
     return code or int(sum(failed) > 0)
 
 

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -52,7 +53,8 @@ class Folder:
     # -------------------------------------------------------------------------------------------------- its records
 
     def record(self, rank: int, **facts: object) -> None:
-        """Adds a line to a rank's own part."""
+        """Adds a line to a rank's own part, with the time, since later lines may lie in another rank's part."""
+        facts |= {"time": round(time.time(), 3)}
         path = self.path / "parts" / f"{rank}.jsonl"
         with path.open("a+b") as file:
             if file.tell():
@@ -62,25 +64,22 @@ class Folder:
             file.write(json.dumps(facts).encode() + b"\n")
 
     def records(self) -> dict[int, dict]:
-        """A line of every cell, by its number: the last, but one that says that it was made wins. A cell that was made
-        and whose picture is gone has none."""
-        found = {}
+        """A line of every cell, by its number: the last that says that it was made, where its picture is there, else
+        the last that says that it failed."""
+        there = {path.name for path in (self.path / "pictures").iterdir()}
+        is_there = [self.name(cell) in there for cell in self.grid.cells()]
+        found = {}  # number -> ((is made, time), record)
         for path in sorted((self.path / "parts").glob("*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
                     record = json.loads(line)
-                    number, status = record["cell"], record["status"]
-                except (ValueError, KeyError, TypeError):
+                    number, order = int(record["cell"]), (record["status"] == "made", float(record["time"]))
+                    before = found.get(number, (order, None))
+                    if (is_there[number] or not order[0]) and order >= before[0]:
+                        found[number] = order, record
+                except (ValueError, KeyError, TypeError, IndexError):
                     continue
-                if status == "made" or found.get(number, record)["status"] != "made":
-                    found[number] = record
-        there = {path.name for path in (self.path / "pictures").iterdir()}
-        cells = {cell.number: cell for cell in self.grid.cells() if cell.number in found}
-        return {
-            number: record
-            for number, record in found.items()
-            if number in cells and (record["status"] != "made" or self.name(cells[number]) in there)
-        }
+        return {number: record for number, (_, record) in found.items()}
 
 
 def slug(axis: str, value: object) -> str:

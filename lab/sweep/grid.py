@@ -58,7 +58,7 @@ def span(kind: Number, text: str, first: str, last: str, step: str | None) -> li
             raise argparse.ArgumentTypeError(str(error)) from None
     a, b = Decimal(first), Decimal(last)
     if step is None:
-        by = Decimal(1).scaleb(min(0, a.as_tuple().exponent, b.as_tuple().exponent))
+        by = Decimal(1).scaleb(max(-MOST, min(0, a.as_tuple().exponent, b.as_tuple().exponent)))  # -MOST is too small
     else:
         kind.parse(step)
         by = Decimal(step)

@@ -19,7 +19,7 @@ One step is made more often than it must be: at K_max = T text layouts all begin
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -77,6 +77,10 @@ class Lane:
     is_text: bool
     rows: tuple[Row, ...]
     cells: tuple[Cell, ...]
+
+    def only(self, row: int) -> "Lane":
+        """One of its cells as a lane."""
+        return replace(self, rows=(self.rows[row],), cells=(self.cells[row],))
 
     def under(self, prompt: str, words: dict[str, float] | None) -> Under:
         o = self.o

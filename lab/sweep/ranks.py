@@ -2,7 +2,7 @@
 
 Ranks divide the plan between them and need each other only at the ends: rank 0 tells what is there already, and waits
 for all before it writes what is made of everything. In between they count their UNet calls together, for the progress
-bar. A rank that fails stays until the others are done, so that torchrun does not end them.
+bar. A rank that fails stays until all is done and said, since torchrun ends all ranks when one ends with an error.
 """
 
 import os
@@ -51,6 +51,20 @@ class Ranks:
             raise error or Elsewhere()
         return value
 
+    def together(self, make: Callable[[], object]) -> tuple[object, Exception | None]:
+        """What `make` returns on this rank, or, where it fails on any, None and this rank's error, or the first one's
+        reason."""
+        made, error = None, None
+        try:
+            made = make()
+        except (ValueError, OSError) as raised:
+            error = raised
+        reasons = [str(error) if error else None] * self.world
+        if self.world > 1:
+            dist.all_gather_object(reasons, reasons[0])
+        failed = [reason for reason in reasons if reason is not None]
+        return (None, error or ValueError(failed[0])) if failed else (made, None)
+
     def add(self, name: str, number: int) -> int:
         """Adds to a number that all ranks share; returns the sum."""
         return self.store.add(name, number)
@@ -63,12 +77,18 @@ class Ranks:
             time.sleep(LOOK_AGAIN)
 
     def leave(self) -> None:
-        """Rank 0, which may hold what all count in, goes last; it does not wait for ranks that are dead."""
-        if self.rank > 0:
-            self.add("gone", 1)
-            return
+        """Ranks leave when all have said what they have to say, since torchrun ends all when one ends with an error.
+        Rank 0, which may hold what all count in, goes last. None waits long for ranks that are dead."""
+        self.add("have spoken", 1)
+        self.wait_for("have spoken", self.world)
+        self.add("are gone", 1)
+        if self.rank == 0:
+            self.wait_for("are gone", self.world)
+
+    def wait_for(self, name: str, number: int) -> None:
+        """Waits until a number that all ranks share is so large, but not longer than GIVE_UP."""
         limit = time.monotonic() + GIVE_UP
-        while self.add("gone", 0) < self.world - 1 and time.monotonic() < limit:
+        while self.add(name, 0) < number and time.monotonic() < limit:
             time.sleep(LOOK_AGAIN)
 
 
@@ -84,8 +104,10 @@ def join(device: str) -> Ranks:
         return Ranks(0, 1, dist.HashStore())
     backend = "gloo"
     if torch.cuda.is_available() and (device == "auto" or device.startswith("cuda")):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        backend = "nccl"
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        torch.cuda.set_device(local % gpus)
+        # nccl takes one rank per GPU.
+        backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus else "gloo"
     store, rank, world = next(dist.rendezvous("env://", timeout=FOR_EVER))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=FOR_EVER)
     return Ranks(rank, world, dist.PrefixStore("sweep", store))

@@ -25,6 +25,7 @@ from scheduler import Schedule
 from weights import Checkpoint, memory
 
 LARGEST_CPU, LARGEST_GPU = 8, 64  # pictures in one UNet call, where nothing else is asked for
+MOST_TEXTS = 1000  # prompts whose states are kept, some 0.5 MB each
 
 
 class Batch(NamedTuple):
@@ -50,6 +51,10 @@ class Done(NamedTuple):
     x: Tensor
     sizes: list[int]
 
+    def only(self, row: int) -> "Done":
+        """One of its cells."""
+        return Done(self.lane.only(row), self.x[row : row + 1], self.sizes)
+
 
 class Failed(NamedTuple):
     """A lane that could not be made, and why."""
@@ -63,21 +68,22 @@ class Failed(NamedTuple):
 
 class Draws:
     """The noise of a trunk's rows: draws(i) is the i-th draw (B, 4, H, W), eps for i = 0, in the order in which
-    magicmix.py draws them from the same seeds. What was drawn is kept, for the other tracks."""
+    magicmix.py draws them from the same seeds. What was drawn is kept, for the other tracks, and on the CPU: a device
+    without memory must not lose a draw, since a second try would go on with the next one."""
 
     def __init__(self, rows: Sequence[Row], size: tuple[int, int], device: torch.device):
-        self.noise = Noise([row.seed for row in rows], size, device)
+        self.noise, self.device = Noise([row.seed for row in rows], size, torch.device("cpu")), device
         eps = noise_files.first(self.noise)
+        files = {path: noise_files.read(path) for path in {row.noise for row in rows if row.noise}}
         for i, row in enumerate(rows):
             if row.noise:
-                known = noise_files.read(row.noise).rows(row.noise_row, eps[i : i + 1].shape)
-                eps = torch.cat([eps[:i], known.to(device), eps[i + 1 :]])
+                eps = torch.cat([eps[:i], files[row.noise].rows(row.noise_row, eps[i : i + 1].shape), eps[i + 1 :]])
         self.made = [eps]
 
     def __call__(self, i: int) -> Tensor:
         while len(self.made) <= i:
             self.made.append(self.noise())
-        return self.made[i]
+        return self.made[i].to(self.device)
 
 
 @dataclass
@@ -184,11 +190,20 @@ def advance(denoise: Denoiser, tracks: Sequence[Track], report: Callable[[int], 
 # ------------------------------------------------------------------------------------------------------------ the walk
 
 
+class Kept(dict):
+    """A dictionary of the last MOST_TEXTS entries: text states are large, and a grid may have thousands of prompts."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if len(self) >= MOST_TEXTS:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
+
+
 class Once:
     """A text encoder that keeps what it has encoded."""
 
     def __init__(self, encoder: clip.CLIPTextModel):
-        self.encoder, self.states = encoder, {}
+        self.encoder, self.states = encoder, Kept()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.encoder, name)
@@ -222,12 +237,22 @@ class Walk:
         self.models = replace(models, text_encoder=Once(models.text_encoder))
         self.batch, self.layouts, self.report, self.tell = batch, layouts or {}, report, tell
         self.encoded: dict[tuple, Tensor] = {}
-        self.denoisers: dict[Under, Denoiser] = {}
+        self.denoisers: dict[Under, Denoiser] = Kept()
 
     @torch.no_grad()
     def run(self, lanes: Sequence[Lane]) -> Iterator[Done | Failed]:
         """Every lane, Done or Failed, each as soon as it is. What fails is a ValueError, a FloatingPointError, an
-        OSError of a layout or a noise file, or memory that is too small; other errors are raised."""
+        OSError of a layout or a noise file, or memory that is too small; other errors are raised. Where cells of a lane
+        fail together, each is tried alone."""
+        for end in self.together(lanes):
+            if isinstance(end, Failed) and len(end.lane.cells) > 1:
+                for row in range(len(end.lane.cells)):
+                    yield from self.together([end.lane.only(row)])
+            else:
+                yield end
+
+    def together(self, lanes: Sequence[Lane]) -> Iterator[Done | Failed]:
+        """Every lane as it is."""
         for trunk, contents in plan.walk(lanes).items():
             of_trunk = list(plan.leaves({trunk: contents}))
             ((_, grown),) = self.attempt(partial(self.grow, trunk), [of_trunk])

@@ -420,8 +420,10 @@ def tables(lines: list[dict]) -> list[str]:
     out = []
     for axis in varied or ["prompt"]:
         out += [f"| {axis} | pictures | " + " | ".join(HEAD) + " |", "|---" * (len(HEAD) + 2) + "|"]
-        for value in dict.fromkeys(text(line, axis) for line in lines):
-            some = [line for line in lines if text(line, axis) == value]
+        groups: dict[str, list[dict]] = {}
+        for line in lines:
+            groups.setdefault(text(line, axis), []).append(line)
+        for value, some in groups.items():
             there = sum(line["scores"]["a"] is not None for line in some)
             cells = [f"{v:.2f} ({low:.2f} .. {high:.2f})" for v, low, high in zip(*average(crossed(some), 2))]
             out.append(f"| {value} | {there} of {len(some)} | " + " | ".join(cells) + " |")
@@ -435,12 +437,12 @@ def crossed(lines: list[dict]) -> np.ndarray:
     def case(line: dict) -> str:
         return json.dumps({name: value for name, value in line["options"].items() if name != "seed"})
 
-    cases = list(dict.fromkeys(map(case, lines)))
-    seeds = list(dict.fromkeys(line["options"]["seed"] for line in lines))
+    cases = {key: i for i, key in enumerate(dict.fromkeys(map(case, lines)))}
+    seeds = {key: i for i, key in enumerate(dict.fromkeys(line["options"]["seed"] for line in lines))}
     data = np.full((len(cases), len(seeds), len(Scores._fields)), np.nan)
     for line in lines:
         found = [line["scores"][name] for name in Scores._fields]
-        data[cases.index(case(line)), seeds.index(line["options"]["seed"])] = np.array(found, dtype=float)  # None: NaN
+        data[cases[case(line)], seeds[line["options"]["seed"]]] = np.array(found, dtype=float)  # None: NaN
     return data
 
 

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import math
+import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +14,7 @@ from command import pictures, sheet
 from lab.sweep.folder import Folder
 from lab.sweep.grid import WORD, Cell, written
 
-WIDEST = 16_000  # pixels of a sheet's side, about
+WIDEST, LARGEST = 16_000, 64_000_000  # pixels of a sheet's side, and of all of it, about
 SMALLEST = 24  # pixels of a picture on it
 
 
@@ -55,19 +58,29 @@ def write_sheets(folder: Folder, lines: list[dict]) -> list[str]:
     outer axis of a pair goes down. Returns what is to be said of sheets that would be too large. Raises OSError."""
     varied, told = folder.grid.varied, []
     pairs = list(itertools.combinations(varied, 2)) or [tuple(varied)][: len(varied)]
+    names = sheet_names(pairs)
     for pair in pairs:
-        rows, columns = ([1, *(len(varied[axis]) for axis in pair)])[-2:]
+        counts = [len(varied[axis]) for axis in pair]
+        rows, columns = counts if len(pair) == 2 else [math.ceil(math.sqrt(math.prod(counts)))] * 2
         if max(rows, columns) > WIDEST // SMALLEST:
             told.append(f"sheet of {' and '.join(pair)}: {rows:,} x {columns:,} pictures are too many; left out")
             continue
         cells = [cell for cell in folder.grid.cells() if is_first(folder, cell, pair)]
-        side = min(sheet.CELL, WIDEST // max(rows, columns))
+        side = min(sheet.CELL, WIDEST // max(rows, columns), math.isqrt(LARGEST // (rows * columns)))
         tiles = [tile(folder, lines[cell.number], side) for cell in cells]
         labels = [", ".join(said(axis, cell.values[axis]) for axis in pair) for cell in cells]
-        name = "-".join(axis.replace("_", "-").replace(" ", "-") for axis in pair)
-        made = sheet.contact_sheet(same_size(tiles), labels, columns if len(pair) == 2 else 0)
-        pictures.save(made, folder.path / "sheets" / f"{name}.png", None)
+        made = sheet.contact_sheet(same_size(tiles), labels, columns)
+        pictures.save(made, folder.path / "sheets" / f"{names[pair]}.png", None)
     return told
+
+
+def sheet_names(pairs: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Pairs of axes -> names of files, each another one: words that have token weights may hold anything."""
+    names: dict[tuple[str, ...], str] = {}
+    for pair in pairs:
+        name = "-".join(re.sub(r"[^\w.+]+", "-", axis.replace("_", "-")).strip("-.")[:40] for axis in pair)
+        names[pair] = name if name not in names.values() else f"{name}-{len(names)}"
+    return names
 
 
 def is_first(folder: Folder, cell: Cell, but: tuple[str, ...]) -> bool:

@@ -58,6 +58,7 @@ def test_a_range_is_what_numpy_counts(first, step, steps):
         (NU, "0..1/0", "has the step 0; use one above 0"),
         (NU, "0..1/-0.5", "has the step -0.5; use one above 0"),
         (NU, "0..1/1e-9", "has more than 100,000 values; use a larger step"),
+        (NU, "0e-9999999..0.5", "has more than 100,000 values; use a larger step"),
         (NU, "0..1/nan", "has the step nan"),
         (NU, "0..1/1e-999999", "more than 100,000 values"),
         (NU, "0..2", "2.0 is out of range; use 0 to 1"),

@@ -18,8 +18,9 @@ from PIL import Image
 import magicmix
 import weights
 from command import machine
-from lab.sweep import grid, plan, run
+from lab.sweep import grid, plan, run, show
 from lab.sweep.__main__ import main
+from lab.sweep.folder import open_folder
 
 CAR = ROOT / "docs" / "layouts" / "boot.png"
 FAST = ["--steps", "6", "--size", "32", "--quiet"]
@@ -323,7 +324,115 @@ def test_another_checkpoint_under_the_same_name_is_refused(tmp_path, folder, cap
     assert sweep(*given) == 0
     change_tensors(folder, "vae", lambda state: state.update({"post_quant_conv.bias": torch.ones(4)}))
     assert sweep(*given) == 2
-    assert "was begun with another checkpoint than is there now" in capsys.readouterr().err
+    assert "was begun with another checkpoint, other defaults or another dtype" in capsys.readouterr().err
+
+
+def test_other_defaults_are_another_checkpoint_where_they_count(tmp_path, folder, capsys):
+    """nu of magicmix.json, which one sweep takes and the other has itself; and another dtype."""
+    given = ["a tiger", "--layout", LAYOUT, *FAST, "--k-min", "0.2", "--weights", folder]
+    own, own_nu = [*given, "-o", tmp_path / "own"], [*given, "--nu", "0.7", "-o", tmp_path / "own-nu"]
+    assert sweep(*own) == sweep(*own_nu) == 0
+    text = (folder / "magicmix.json").read_text()
+    (folder / "magicmix.json").write_text(text.replace('"nu": 0.7', '"nu": 0.6'))
+    capsys.readouterr()
+    assert sweep(*own) == 2 and "other defaults" in capsys.readouterr().err
+    assert sweep(*own_nu) == 0
+    (folder / "magicmix.json").write_text(text)
+    assert sweep(*own) == 0
+    load = weights.load
+    with pytest.MonkeyPatch.context() as patch:  # as a GPU chooses another dtype than the CPU before
+        patch.setattr(weights, "load", lambda source, **given: load(source, **given | {"dtype": torch.bfloat16}))
+        assert sweep(*own) == 2 and "another dtype" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_loaded_fails_alone(tmp_path, capsys):
+    """Its cells are listed with the reason; those of the other are made, and the page is there. Alone it ends all."""
+    given = ["a tiger", "--layout", LAYOUT, *FAST, "--k-min", "0.2", "--nu", "0.5,0.8"]
+    assert sweep(*given, "--weights", "nowhere", weights.TINY, "-o", tmp_path / "grid") == 1
+    lines = index(tmp_path / "grid")
+    assert [line["status"] for line in lines] == ["failed", "failed", "made", "made"]
+    assert "nowhere" in lines[0]["reason"] and (tmp_path / "grid" / "page.html").is_file()
+    assert "cells 0, 1 failed" in capsys.readouterr().err
+    assert sweep(*given, "--weights", "nowhere", weights.TINY, "--plan") == 0
+    assert sweep(*given, "--weights", "nowhere", "-o", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "nowhere" in error
+
+
+def test_cells_of_a_lane_fail_alone(tmp_path):
+    """Rows that a noise file lacks: the rows that it has are made, with the pixels that each has alone."""
+    eps = tmp_path / "eps.npy"
+    np.save(eps, np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32))
+    given = ["a tiger", "--layout", LAYOUT, *FAST, "--k-min", "0.2", "--noise", eps]
+    assert sweep(*given, "--noise-row", "0..2", "-o", tmp_path / "grid") == 1
+    lines = index(tmp_path / "grid")
+    assert [line["status"] for line in lines] == ["made", "made", "failed"] and "row 2" in lines[2]["reason"]
+    for row in (0, 1):
+        assert sweep(*given, "--noise-row", row, "-o", tmp_path / f"row-{row}") == 0
+        (alone,) = index(tmp_path / f"row-{row}")
+        one, other = (pixels(folder / line["picture"]) for folder, line in
+                      [(tmp_path / "grid", lines[row]), (tmp_path / f"row-{row}", alone)])  # fmt: skip
+        assert np.array_equal(one, other) and lines[row]["batch"] == alone["batch"]
+
+
+def test_pictures_that_cannot_be_decoded_together_are_decoded_alone(whole, tmp_path, monkeypatch):
+    """Memory for two pictures, not for three; and a seed whose picture is not finite."""
+    from lab.sweep import __main__ as command
+
+    decode, sizes = command.decode, []
+
+    def small(models, x):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise MemoryError
+        return decode(models, x)
+
+    monkeypatch.setattr(command, "decode", small)
+    assert sweep(*GRID, "-o", tmp_path / "grid") == 0
+    assert {1, 3} <= set(sizes) and len(index(tmp_path / "grid")) == len(index(whole))
+    for ours, theirs in zip(index(tmp_path / "grid"), index(whole)):
+        a, b = pixels(tmp_path / "grid" / ours["picture"]), pixels(whole / theirs["picture"])
+        assert np.abs(a.astype(int) - b).max() <= 1 and ours["batch"] == theirs["batch"]
+
+
+def test_the_newest_record_counts(tmp_path):
+    """Of a cell that was made twice, the later; of one whose picture is gone, the last failure; torn lines not."""
+    g = grid.of({"prompt": ["a tiger"], "layout": ["a.png"], "nu": [0.1, 0.2, 0.3, 0.4]})
+    this = open_folder(tmp_path / "grid", g, {})
+    cells = list(g.cells())
+    this.record(1, cell=0, status="made", batch=[[1, 4]])
+    this.record(1, cell=1, status="made")
+    this.record(0, cell=2, status="failed", reason="first")
+    this.record(0, cell=0, status="made", batch=[[1, 1]])
+    this.record(0, cell=1, status="failed", reason="later")
+    this.record(1, cell=2, status="failed", reason="second")
+    this.record(0, cell=99, status="made")
+    for number in (0, 2):
+        this.picture(cells[number]).touch()
+    with (tmp_path / "grid" / "parts" / "2.jsonl").open("w") as file:
+        file.write('{"cell": 3, "status": "made"}\n{"cell": 3, "sta')
+    found = this.records()
+    assert sorted(found) == [0, 1, 2] and found[0]["batch"] == [[1, 1]]
+    assert [found[number]["reason"] for number in (1, 2)] == ["later", "second"]
+
+
+def test_a_draw_that_does_not_fit_on_the_device_is_not_lost():
+    draws = run.Draws([plan.Row(seed=3), plan.Row(seed=5)], (4, 4), torch.device("cpu"))
+    noise = magicmix.Noise([3, 5], (4, 4), torch.device("cpu"))
+    known = [noise() for _ in range(3)]
+    draws.device = "nowhere"
+    with pytest.raises(RuntimeError):
+        draws(1)
+    draws.device = "cpu"
+    assert torch.equal(draws(1), known[1]) and torch.equal(draws(2), known[2]) and torch.equal(draws(0), known[0])
+
+
+def test_texts_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(run, "MOST_TEXTS", 2)
+    kept = run.Kept()
+    for key in "abc":
+        kept[key] = key
+    assert dict(kept) == {"b": "b", "c": "c"}
 
 
 def test_failed_cells_are_listed_and_the_others_made(tmp_path, capsys):
@@ -461,3 +570,17 @@ def test_contact_sheets(tmp_path):
             assert np.array_equal(np.asarray(shown), pixels(tmp_path / "grid" / line["picture"]))
     assert sweep("a tiger", "--layout", LAYOUT, *FAST, "--nu", "0.5,0.8", "--k-min", "0.2", "-o", tmp_path / "one") == 0
     assert [path.name for path in (tmp_path / "one" / "sheets").iterdir()] == ["nu.png"]
+
+
+def test_sheets_of_any_words_and_numbers(tmp_path):
+    """Words of token weights may be no names of files; 700 values of one axis lie in a square; a large table is made
+    small."""
+    pairs = [("s and/or", "nu"), ("s red fox", "nu"), ("s red-fox", "nu"), ("s " + "a" * 300, "k_min"), ("s ../x",)]
+    names = list(show.sheet_names(pairs).values())
+    assert names[:3] == ["s-and-or-nu", "s-red-fox-nu", "s-red-fox-nu-2"] and len(set(names)) == 5
+    assert all(len(name) < 100 and "/" not in name for name in names)
+    g = grid.of({"prompt": ["a tiger"], "layout": ["a.png"], "seed": range(700)})
+    folder = open_folder(tmp_path / "grid", g, {})
+    assert show.write_sheets(folder, show.entries(folder, {})) == []
+    across = 4 + 256
+    assert Image.open(tmp_path / "grid" / "sheets" / "seed.png").size == (4 + 27 * across, 4 + 26 * (across + 18))

@@ -82,7 +82,10 @@ function draw() {
   const valuesOf = (i) => (i === NONE ? [null] : [...AXES[i].values.keys()].filter((value) => shown[i].has(value)));
   const key = (cell) => `${y === NONE ? "" : cell.at[y]} ${x === NONE ? "" : cell.at[x]}`;
   const places = new Map();
-  for (const cell of CELLS.filter(isShown)) places.set(key(cell), [...(places.get(key(cell)) ?? []), cell]);
+  for (const cell of CELLS.filter(isShown)) {
+    if (!places.has(key(cell))) places.set(key(cell), []);
+    places.get(key(cell)).push(cell);
+  }
   order = [];
   const head = element(
     "tr",
