@@ -127,7 +127,7 @@ def test_the_readmes_python_runs(models, tmp_path, monkeypatch, capsys):
     own = re.search(r"the checkpoint's own: size, (.*)", PYTHON[0])[1]
     assert (
         own
-        == "guidance 4.0, k_min 0.15, nu 0.7"
+        == "guidance 4.0, k_min 0.08, nu 0.7"
         == ", ".join(f"{name} {models.defaults[name]}" for name in ("guidance", "k_min", "nu"))
     )
 
@@ -196,7 +196,7 @@ def test_the_former_names_still_work(tmp_path):
     identity = weights.load().identity
     earlier = {
         "checkpoint": {part: identity[part] for part in ("text_encoder", "unet", "vae")},
-        "parameters": {"dtype": "fp32", "eta": 0.0, "guidance": 4.0, "k_max": 0.6, "k_min": 0.15,
+        "parameters": {"dtype": "fp32", "eta": 0.0, "guidance": 4.0, "k_max": 0.6, "k_min": 0.08,
                        "layout_prompt": "a car", "negative": "a dog", "nu": 0.7, "prompt": "a red strawberry",
                        "reweight": {"red": 1.5}, "sampler": "ddim", "seed": 3, "size": [64, 64], "steps": 8},
         "versions": {"numpy": "2.4.6", "pillow": "13.0.0", "safetensors": "0.8.0", "torch": "2.13.0+cpu",
@@ -312,7 +312,7 @@ def test_help_lists_every_option_with_its_default(help_text):
     joined = lambda text: "".join(text.split())  # lines are wrapped, also at hyphens
     own = json.loads((TINY / "magicmix.json").read_text())
     literally = {
-        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.15 with the embedded checkpoint, otherwise 0.3]",
+        "output": "[mix.png]", "k_max": "[0.6]", "k_min": "[0.08 with the embedded checkpoint, otherwise 0.3]",
         "nu": "[0.7 with the embedded checkpoint, otherwise 0.9]", "steps": "[50]", "sampler": "[ddim]", "eta": "[0.0]",
         "guidance": "[4.0 with the embedded checkpoint, otherwise 7.5]",
         "seed": "[0]", "count": "[1]", "noise_row": "[0]",

@@ -29,8 +29,20 @@ from command import options
 from lab.bench import page
 from lab.sheets import DOCS
 from lab.sweep import cases
-from lab.sweep.cases import CONTENTS, Design, Store
-from lab.sweep.paper import ANCHORS, CLAIMS, Claim, check_judge, contents, crossed, drawn, each, gains, left_out
+from lab.sweep.cases import CONTENTS, Design, Point, Store
+from lab.sweep.paper import (
+    ANCHORS,
+    CLAIMS,
+    Claim,
+    check_judge,
+    contents,
+    crossed,
+    drawn,
+    each,
+    gains,
+    left_out,
+    mixed_share,
+)
 from lab.sweep.scores import JudgeEncoder, as_saved, measure, scores
 from lab.sweep.verdict import HOLDS, Panel, Result, draw, shown, table
 from magicmix import text_to_image
@@ -86,11 +98,15 @@ def defaults_section(store: Store) -> str:
     if wrong := check_judge(store, crossed(store.design)):
         return f"Nothing can be told: {wrong}."
     found = gains(store)
-    better = [gain for gain in found if gain.verdict == HOLDS]
-    best = max(better, key=lambda gain: gain.found.value, default=None)
-    says = f"{best.text} gains most." if best else "None of them gains that much."
+    better = [point for point, gain in found.items() if gain.verdict == HOLDS]
+    if better:
+        best = max(better, key=lambda point: found[point].found.value)
+        before, now = (f"{mixed_share(store, point):.0%}" for point in (Point(), best))
+        says = f"{found[best].text} gains most. min(a, b) is 0.25 or more in {now} of its pictures, in {before} before."
+    else:
+        says = "None of them gains that much."
     return "\n".join(["| in place of the default | min(a, b) gains | bound | |", "|---|---|---|---|",
-                      *(gain.line() for gain in found), "", says])  # fmt: skip
+                      *(gain.line() for gain in found.values()), "", says])  # fmt: skip
 
 
 def verdict_lines(results: dict[int, Result]) -> str:

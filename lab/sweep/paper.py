@@ -132,9 +132,9 @@ def result_1(store: Store) -> Result:
     ab = score(store, grid, HIGHER, design.seeds)
     names, xs = ("low (coarse layout)", "high (detail)"), [point.k_max for point in HIGHER]
     panels = [
-        Panel("k_max", xs, {name: curve(data[..., i], 3) for i, name in enumerate(names)}),
-        Panel("k_max", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3)}),
-        Panel("k_max, nu = 1", [point.k_max for point in FEW],
+        Panel("k_max, nu 0.9", xs, {name: curve(data[..., i], 3) for i, name in enumerate(names)}),
+        Panel("k_max, nu 0.9", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3)}),
+        Panel("k_max, nu 1", [point.k_max for point in FEW],
               {name: curve(start[..., i], 3) for i, name in enumerate(names)}),
     ]  # fmt: skip
     notes = [f"{name}: {left_out(data[..., i])}" for i, name in enumerate(("Low", "High"))]
@@ -155,9 +155,9 @@ def result_2(store: Store) -> Result:
         *steady("a", "k_min", xs, ab.a, 3, "rises"),
     ]
     panels = [
-        Panel("k_min", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
+        Panel("k_min, nu 0.7", xs, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
                             "2ab / (a + b)": curve(ab.harmonic, 3)}),
-        Panel("k_min", xs, {name: curve(getattr(m, name), 3) for name in ("low", "overlap", "colours")}),
+        Panel("k_min, nu 0.7", xs, {name: curve(getattr(m, name), 3) for name in ("low", "overlap", "colours")}),
     ]  # fmt: skip
     return Result([Verdict("A lower K_min keeps more of the layout", conditions)], panels, left_out(ab.a))
 
@@ -186,10 +186,10 @@ def result_3(store: Store) -> Result:
         for nu, found in zip(NU[1:-1], several(lambda d: bends(mean(d, 3)), d, 3))
     ]
     panels = [
-        Panel("nu", NU, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
+        Panel("nu, k_min 0.15", NU, {"a": curve(ab.a, 3), "b": curve(ab.b, 3), "min(a, b)": curve(ab.both, 3),
                          "2ab / (a + b)": curve(ab.harmonic, 3)}),
-        Panel("nu", NU, {"a - b": curve(d, 3)}),
-        Panel("nu", NU, {name: curve(getattr(m, name), 3) for name in ("low", "overlap", "colours")}),
+        Panel("nu, k_min 0.15", NU, {"a - b": curve(d, 3)}),
+        Panel("nu, k_min 0.15", NU, {name: curve(getattr(m, name), 3) for name in ("low", "overlap", "colours")}),
     ]  # fmt: skip
     verdicts = [Verdict("nu sets the ratio of layout to content", ordered), Verdict("That is linear in nu", linear)]
     return Result(verdicts, panels, left_out(ab.a))
@@ -485,13 +485,19 @@ def result_10(store: Store) -> Result:
 # -------------------------------------------------------------------------------------------------------- the defaults
 
 
-def gains(store: Store) -> list[Condition]:
-    """What the other points of the curves of claims 2 and 3 gain in min(a, b) against the default."""
+def gains(store: Store) -> dict[Point, Condition]:
+    """What the other points of the curves of claims 2 and 3 gain in min(a, b) against the default of that time."""
     names = [*(f"nu {nu:g}" for nu in NU), *(f"k_min {point.k_min:g}" for point in K_MINS[:-1])]  # the last is nu 1
     others = {point: name for point, name in zip([*NUS, *K_MINS[:-1]], names) if point != Point()}
     both = score(store, crossed(store.design), [*others, Point()], store.design.seeds).both
     found = several(lambda d: mean(d, 3), both[..., :-1] - both[..., -1:], 3)
-    return [Condition(name, gain, 0.02, True) for name, gain in zip(others.values(), found)]
+    return {point: Condition(name, gain, 0.02, True) for (point, name), gain in zip(others.items(), found)}
+
+
+def mixed_share(store: Store, point: Point) -> float:
+    """The share of pictures that hold at least a quarter of both."""
+    both = score(store, crossed(store.design), [point], store.design.seeds).both
+    return float(mean(np.where(np.isnan(both), np.nan, both >= MIXED), 4))
 
 
 # ------------------------------------------------------------------------------------------------------------- claims

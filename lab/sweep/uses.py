@@ -45,8 +45,10 @@ class Use(NamedTuple):
 
     @property
     def asked(self) -> str:
-        s = self.point.s
-        return f"{self.case.layout} + {self.case.prompt}" if s == 1 else f"{self.case.layout}, s = {s:g}"
+        layout, prompt, s = self.case.layout, self.case.prompt, self.point.s
+        if s != 1:
+            return f"{layout}, s = {s:g}"
+        return f"{layout} + {prompt.split()[1]}" if self.case.has_style else f"{layout} + {prompt}"
 
 
 def uses(store: Store) -> Iterator[list[Use]]:

@@ -226,7 +226,7 @@ LARGEST_SEED = "use 0 to 18446744073709551615"
 # What is wrong with the command; its line; the same in Python where it has a meaning there; its message.
 NUMBERS = [
     ("--k-min 0.5 --k-max 0.4", "k_min 0.5 is above k_max 0.4", {"k_min": 0.5, "k_max": 0.4}, None),
-    ("--k-max 0.1", "k_max 0.1 is below k_min 0.15, the checkpoint's own; give a k_min of 0 to 0.1 as well",
+    ("--k-max 0.05", "k_max 0.05 is below k_min 0.08, the checkpoint's own; give a k_min of 0 to 0.05 as well",
      {"k_max": 0.1}, None),
     ("--k-min 0.7", "k_min 0.7 is above k_max 0.6, the checkpoint's own; give a k_max of 0.7 to 1 as well",
      {"k_min": 0.7}, None),

@@ -156,11 +156,16 @@ def test_the_defaults(tmp_path):
     both = {Point(): 0.4, Point(nu=0.8): 0.55, Point(k_min=0.08): 0.5, Point(nu=0.5): 0.41}  # A and B of min(a, b)
     answer = lambda case, point: {"A": both[point], "B": 0.6 * both[point]} if point in both else None
     store = filled(tmp_path, needs, answer, noise=0)
-    found = {gain.text: gain for gain in paper.gains(store)}
+    found = {gain.text: gain for gain in paper.gains(store).values()}
     better = [name for name, gain in found.items() if gain.verdict == HOLDS]
     assert len(found) == 8 and better == ["nu 0.8", "k_min 0.08"]
     assert abs(found["nu 0.8"].found.value - 0.15) < 1e-9 and abs(found["nu 0.5"].found.value - 0.01) < 1e-9
-    assert defaults_section(store).endswith("\nnu 0.8 gains most.")
+    assert abs(found["k_min 0.08"].found.value - 0.1) < 1e-9
+    share = "min(a, b) is 0.25 or more in 100% of its pictures, in 100% before."
+    assert defaults_section(store).endswith(f"\nnu 0.8 gains most. {share}")
+    low = both | {Point(): 0.2}
+    answer = lambda case, point: {"A": low[point], "B": 0.6 * low[point]} if point in low else None
+    assert "in 100% of its pictures, in 0% before." in defaults_section(filled(tmp_path, needs, answer, noise=0))
     alike = filled(tmp_path, needs, lambda case, point: {"A": 0.4, "B": 0.24} if point in both else None)
     assert defaults_section(alike).endswith("\nNone of them gains that much.")
     unknown = filled(tmp_path, needs, lambda case, point: {"named": 137.0} if point == ALONE else answer(case, point))
@@ -478,7 +483,7 @@ def test_the_uses_are_shown(tmp_path, models, capsys):
     store = cases.open_store(tmp_path / "claims" / "scores.jsonl.gz")
     rows = list(uses.uses(store))
     assert [[use.asked for use in row] for row in rows] == [
-        ["a car + a 3d car"],
+        ["a car + 3d"],
         ["teapot + a tiger", "a car + a panda"],
         ["a dog + a cat", "a cat + a dog"],
         ["a car, s = -1"],
