@@ -356,13 +356,14 @@ def test_a_case_is_what_magicmix_makes(studio, models):
         return last.x
 
     given = {"seeds": seeds, "steps": 10}
+    k_min = {"k_min": Point().k_min}
     schedule, eps = Schedule(models.schedule, 10), magicmix.Noise([0], (16, 16), models.device)
     o = studio.mixing(Point())
     content = magicmix.Denoiser(models, schedule, o, eps, "a tiger")
     latents = [
-        final(magicmix.magicmix(models, "a tiger", layout, **given)),
+        final(magicmix.magicmix(models, "a tiger", layout, **given, **k_min)),
         final(magicmix.magicmix(models, "a tiger", layout, k_max=0.4, k_min=0.2, nu=0.5, **given)),
-        final(magicmix.magicmix(models, "a tiger", layout, steps=10, token_weights={"tiger": -1.0})),
+        final(magicmix.magicmix(models, "a tiger", layout, steps=10, token_weights={"tiger": -1.0}, **k_min)),
         diffusers(content, magicmix.ImageLayout(schedule, models.vae.encode(layout), eps()), o),
         models.vae.encode(layout),
         final(magicmix.text_to_image(models, "a tiger", **given)),
@@ -386,7 +387,7 @@ def test_text_layouts_and_plain_cases(studio, models):
     A, B = (Numbers._fields.index(name) for name in "AB")
     points = studio.line(Case("text", "a car", "a tiger", 1), [Point(), LAYOUT])["points"]
     mixed, own = (
-        features(magicmix.magicmix(models, "a tiger", "a car", steps=10)),
+        features(magicmix.magicmix(models, "a tiger", "a car", steps=10, k_min=Point().k_min)),
         features(magicmix.text_to_image(models, "a car", steps=10)),
     )
     assert abs(points[Point().key]["numbers"][0][A] - mixed @ own) < 2e-4
@@ -496,7 +497,7 @@ def test_the_uses_are_shown(tmp_path, models, capsys):
     picture = Image.open(tmp_path / "claims" / "uses.png")
     across, down = 128 + MARGIN, 128 + MARGIN + LABEL
     assert picture.size == (MARGIN + uses.COLUMNS * across, MARGIN + 8 * down)
-    *_, last = magicmix.magicmix(models, "a tiger", layout_path("teapot"), steps=4)
+    *_, last = magicmix.magicmix(models, "a tiger", layout_path("teapot"), steps=4, k_min=Point().k_min)
     for row, expected in [(2, Image.open(layout_path("teapot"))), (3, magicmix.decode(models, last.x)[0])]:
         x, y = MARGIN, MARGIN + row * down
         shown = np.asarray(picture.crop((x, y, x + 128, y + 128)), dtype=int)
@@ -540,7 +541,10 @@ def test_one_run_at_a_time(tmp_path, capsys):
         assert other.exists() and not half.exists()
         assert main(["--small", "--page", str(page), "-q"]) == 2
         assert "is being written by another run" in capsys.readouterr().err
-        assert main(["--small", "--page", str(page), "--plots"]) == 0
+        Store(tmp_path / "claims" / "scores.jsonl.gz", SMALL, {}).add(
+            Case("plain", "", "a tiger", 1), {"seconds": 1, "calls": 1, "points": {}}
+        )
+        assert main(["--page", str(page), "--plots"]) == 0
     with cases.lock(tmp_path / "claims"):
         pass
 
