@@ -72,8 +72,8 @@ SMALL = {"layouts": 1, "contents": 2, "animals": 2, "seeds": 1, "fewer": 1, "ste
 
 
 class Point(NamedTuple):
-    """One way to mix; what is not given is the checkpoint's default of the time when the claims were planned. `loop` is a
-    loop of lab/audit by its name, or one of the two anchors."""
+    """One way to mix. What is not given is the checkpoint's default when the claims were planned. `loop` is a loop of
+    lab/audit by its name, or one of the two anchors."""
 
     k_max: float = 0.6
     k_min: float = 0.15
