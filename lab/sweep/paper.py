@@ -394,59 +394,82 @@ def accuracy(known: np.ndarray) -> float:
     return float(np.mean([nearest(known[:, :, [i]], np.delete(known, i, axis=2)) == order for i in seeds]))
 
 
-def result_9(store: Store) -> Result:
-    design, names = store.design, JudgeEncoder().names
+def named_as_layout(store: Store, cases: Sequence[Case], point: Point, seeds: int) -> np.ndarray:
+    """Which pictures (cases, seeds) the judge names as the layout, 0 or 1."""
+    names = JudgeEncoder().names
+    named = store.numbers(cases, [point], seeds).named[..., 0]
+    return (named == np.asarray([names.index(case.layout.split()[-1]) for case in cases])[:, None]).astype(float)
+
+
+def check_layouts(store: Store) -> str:
+    """What keeps the judge's names of drawn layouts from telling anything; "" where nothing does."""
+    known = named_as_layout(store, removed(store.design), LAYOUT, 1).mean()
+    return "" if known >= NAMED else f"the judge names {known:.0%} of the layouts"
+
+
+def low(store: Store, cases: Sequence, point: Point) -> np.ndarray:
+    """(..., seeds)"""
+    return store.numbers(cases, [point], store.design.fewer).low[..., 0]
+
+
+def style_transfer(store: Store) -> Result:
+    design, grid = store.design, styled(store.design)
     known = store.vectors(known_styles(design), ALONE)  # (layouts, styles, seeds, D)
-    right = accuracy(known)
-
-    def name(cases: Sequence[Case], point: Point, seeds: int) -> np.ndarray:
-        """Which pictures (cases, seeds) the judge names as the layout."""
-        named = store.numbers(cases, [point], seeds).named[..., 0]
-        return named == np.asarray([names.index(case.layout.split()[-1]) for case in cases])[:, None]
-
-    style = (
-        nearest(store.vectors(styled(design), Point()), known) == np.arange(len(STYLES))[:, None]
-    )  # (layouts, styles, seeds)
-    style = np.moveaxis(style, 1, 2).astype(float)  # (layouts, seeds, styles)
-    kept = np.stack([name(row, Point(), design.fewer).T for row in styled(design)]).astype(float)
-
-    def low(cases: Sequence, point: Point) -> np.ndarray:
-        """(..., seeds)"""
-        return store.numbers(cases, [point], design.fewer).low[..., 0]
-
-    nearer = np.moveaxis(low(styled(design), Point()) - low(styled(design), ALONE), 1, 2)  # (layouts, seeds, styles)
-    transfer = [
+    is_right = nearest(store.vectors(grid, Point()), known) == np.arange(len(STYLES))[:, None]
+    kept = np.stack([named_as_layout(store, row, Point(), design.fewer) for row in grid])
+    nearer = low(store, grid, Point()) - low(store, grid, ALONE)
+    style, kept, nearer = (
+        np.moveaxis(x.astype(float), 1, 2) for x in (is_right, kept, nearer)
+    )  # (layouts, seeds, styles)
+    conditions = [
         Condition("share in the prompt's style", scalar(lambda d: float(d.mean()), style, 2), 0.5, True),
         Condition("share named as the layout", scalar(lambda d: float(d.mean()), kept, 2), 0.5, True),
         Condition("low, less that of the prompt alone", scalar(lambda d: float(d.mean()), nearer, 2), 0.1, True),
     ]
-    cases_ = removed(design)
-    known_layouts = float(name(cases_, LAYOUT, 1).mean())
-    check = "" if known_layouts >= NAMED else f"the judge names {known_layouts:.0%} of the layouts"
-    if right < 0.6:
-        check = f"the styles' centres put {right:.0%} of pure pictures right"
-    verdicts = [Verdict("Style transfer", transfer, check)]
+    right = accuracy(known)
+    check = check_layouts(store) if right >= 0.6 else f"the styles' centres put {right:.0%} of pure pictures right"
     notes = [f"The styles' centres put {right:.0%} of the text-to-image pictures right; a quarter would be chance."]
-    for use, cases_of, seeds in (("Novel objects", flat(crossed(design)), design.seeds),
-                                 ("Breed mixing", breeds(design), design.fewer)):  # fmt: skip
-        both = score(store, cases_of, [Point()], seeds).both
-        is_mixed = by_pair(cases_of, np.where(np.isnan(both), np.nan, both >= MIXED)[..., 0])
-        found = scalar(partial(mean, axes=3), is_mixed, 3)
-        condition = Condition("share with min(a, b) of 0.25 or more", found, 0.5, True)
-        verdicts.append(Verdict(use, [condition], check_judge(store, cases_of)))
-        notes.append(f"{use}: {left_out(both)}")
-    still, before = (name(cases_, point, design.fewer).astype(float) for point in (Point(s=-1.0), Point()))
-    removal = [
+    panel = Panel("style of the prompt", STYLES, {"share": curve(style, 2)})
+    return Result([Verdict("Style transfer", conditions, check)], [panel], "", notes)
+
+
+def mixing(store: Store, use: str, cases: Sequence[Case], seeds: int) -> Result:
+    """Novel objects or breeds."""
+    both = score(store, cases, [Point()], seeds).both
+    is_mixed = by_pair(cases, np.where(np.isnan(both), np.nan, both >= MIXED)[..., 0])
+    found = scalar(partial(mean, axes=3), is_mixed, 3)
+    condition = Condition("share with min(a, b) of 0.25 or more", found, 0.5, True)
+    return Result([Verdict(use, [condition], check_judge(store, cases))], [], "", [f"{use}: {left_out(both)}"])
+
+
+def removal(store: Store) -> Result:
+    grid, seeds, without = removed(store.design), store.design.fewer, Point(s=-1.0)
+    still, before = (named_as_layout(store, grid, point, seeds) for point in (without, Point()))
+    conditions = [
         Condition("share still named so at s = -1", scalar(partial(mean, axes=2), still, 2), 0.25, False),
-        Condition("low, the coarse layout", scalar(partial(mean, axes=2), low(cases_, Point(s=-1.0)), 2), 0.5, True),
+        Condition("low, the coarse layout", scalar(partial(mean, axes=2), low(store, grid, without), 2), 0.5, True),
     ]
-    check = "" if known_layouts >= NAMED else f"the judge names {known_layouts:.0%} of the layouts"
-    verdicts.append(Verdict("Concept removal", removal, check))
-    notes += [
+    notes = [
         f"At s = 1 the judge names {before.mean():.0%} of the mixes of a layout with its own name so. The name's own "
-        f"text-to-image pictures have {low(cases_, ALONE).mean():.2f} of low against the layouts."
+        f"text-to-image pictures have {low(store, grid, ALONE).mean():.2f} of low against the layouts."
     ]
-    return Result(verdicts, [Panel("style of the prompt", STYLES, {"share": curve(style, 2)})], "", notes)
+    return Result([Verdict("Concept removal", conditions, check_layouts(store))], [], "", notes)
+
+
+def result_9(store: Store) -> Result:
+    design = store.design
+    uses = [
+        style_transfer(store),
+        mixing(store, "Novel objects", flat(crossed(design)), design.seeds),
+        mixing(store, "Breed mixing", breeds(design), design.fewer),
+        removal(store),
+    ]
+    return Result(
+        [verdict for use in uses for verdict in use.verdicts],
+        [panel for use in uses for panel in use.panels],
+        "",
+        [note for use in uses for note in use.notes],
+    )
 
 
 LOOPS = [Point(nu=nu, loop="unmixed carried") for nu in (0.5, 0.7, 0.9)]

@@ -227,7 +227,7 @@ LARGEST_SEED = "use 0 to 18446744073709551615"
 NUMBERS = [
     ("--k-min 0.5 --k-max 0.4", "k_min 0.5 is above k_max 0.4", {"k_min": 0.5, "k_max": 0.4}, None),
     ("--k-max 0.05", "k_max 0.05 is below k_min 0.08, the checkpoint's own; give a k_min of 0 to 0.05 as well",
-     {"k_max": 0.1}, None),
+     {"k_max": 0.05}, None),
     ("--k-min 0.7", "k_min 0.7 is above k_max 0.6, the checkpoint's own; give a k_max of 0.7 to 1 as well",
      {"k_min": 0.7}, None),
     ("--k-max 1.1", "k_max 1.1 is out of range; use 0 to 1", {"k_max": 1.1}, None),
