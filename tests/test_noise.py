@@ -303,7 +303,7 @@ def test_noise_that_cannot_be_kept(tmp_path):
     refused(*shared, "--keep-noise", "folder.npy", cwd=tmp_path, message=message)
 
 
-@pytest.mark.parametrize("wrong", [["--token-weight", "lion=0"], ["--size", "60"], ["--k-max", "0.1"]])
+@pytest.mark.parametrize("wrong", [["--token-weight", "lion=0"], ["--size", "60"], ["--k-max", "0.05"]])
 def test_a_command_that_fails_keeps_no_noise(wrong, tmp_path):
     """Neither a new file nor in place of an old one."""
     (tmp_path / "old.npy").write_bytes(PRECIOUS)

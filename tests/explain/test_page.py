@@ -123,7 +123,7 @@ def test_slider_keys_and_buttons(open_page):
     tab.keyboard.press("ArrowRight")  # chooses among the word maps, and leaves the step alone
     assert k_of(tab) == 28 and tab.is_checked("input[name=steps][value=all]")
     tab.click("#marks button >> nth=1")
-    assert k_of(tab) == 8 and "mixing" in tab.inner_text("#readout")
+    assert k_of(tab) == 4 and "mixing" in tab.inner_text("#readout")
     tab.click("#marks button >> nth=0")
     assert k_of(tab) == 30 and "start" in tab.inner_text("#readout")
     box = tab.locator("#bar").bounding_box()

@@ -302,7 +302,7 @@ def test_the_command(models, here, tmp_path):
         assert set(file.metadata()) == {"magicmix"}
         facts = json.loads(file.metadata()["magicmix"])
     assert facts["parameters"]["nu"] == 0.5 and facts["checkpoint"] == models.identity
-    assert (facts["T"], facts["K_max"], facts["K_min"]) == (10, 6, 2) and facts["versions"]["torch"]
+    assert (facts["T"], facts["K_max"], facts["K_min"]) == (10, 6, 1) and facts["versions"]["torch"]
 
 
 def test_every_option_of_magicmix(tmp_path, capsys):
@@ -334,7 +334,7 @@ def test_a_trace_of_fifty_steps_is_small(tmp_path, layout):
         assert main(["a strawberry", *map(str, layout), "--trace", "t.safetensors", "--quiet"]) == 0
     assert (tmp_path / "t.safetensors").stat().st_size < 25e6
     assert len([stop for stop in read(tmp_path / "t.safetensors").stops if stop.phase != "start"]) == (
-        30 if layout[0] == "--layout" else 72
+        30 if layout[0] == "--layout" else 76
     )
 
 
