@@ -80,18 +80,20 @@ class Sweep:
         return [error for error in errors if error]
 
     def run_part(self, name: str, cells: list[Cell], is_all: bool) -> Exception | None:
-        """Makes the cells of one checkpoint. Where that cannot be used they fail, or, if they are all, it raises
-        ValueError."""
+        """Makes the cells of one checkpoint. Where that cannot be used they fail. Raises ValueError if they are all, or
+        if it is not what it was."""
         part, error = self.ranks.together(partial(Part, self, name, cells))
-        if not error:
+        refused = part.changed() if part else error if is_all else None
+        if refused:
+            raise refused if self.ranks.rank == 0 else Elsewhere()
+        if part:
             return part.run()
-        if is_all:
-            raise error if self.ranks.rank == 0 else Elsewhere()
         if "plan" in self.given:
             self.tell(f"{len(cells):,} cells would fail: {error}")
         elif self.ranks.rank == 0:
             for cell in cells:
-                self.folder.record(0, cell=cell.number, status="failed", reason=str(error))
+                if cell.number not in self.done:
+                    self.folder.record(0, cell=cell.number, status="failed", reason=str(error))
         return None
 
     def finish(self) -> int:
@@ -120,7 +122,7 @@ class Part:
         name: what the ranks call this part.
         cells: the cells.
 
-    Raises ValueError or OSError for a checkpoint that cannot be loaded, that has changed, or that does not fit.
+    Raises ValueError or OSError for a checkpoint that cannot be loaded or whose pictures do not fit.
     """
 
     def __init__(self, sweep: Sweep, name: str, cells: list[Cell]):
@@ -135,7 +137,6 @@ class Part:
         digest = hashlib.sha256(json.dumps([self.models.identity, defaults, dtypes], sort_keys=True).encode())
         self.identity = digest.hexdigest()[:16]
         self.last = NOTHING, []  # the latents that were decoded last, and their pictures
-        self.check_checkpoint()
         self.batch = self.fitting_batch() if sweep.ranks.rank == 0 else None
 
     def run(self) -> Exception | None:
@@ -171,13 +172,13 @@ class Part:
 
     # ----------------------------------------------------------------------------------------------- before the work
 
-    def check_checkpoint(self) -> None:
-        """Raises ValueError when cells that are there were made with another checkpoint."""
-        for cell in self.cells:
-            if self.sweep.done.get(cell.number, {}).get("checkpoint", self.identity) != self.identity:
-                where = f"output {str(self.sweep.folder.path)!r}"
-                differs = "with another checkpoint, other defaults or another dtype than now"
-                raise ValueError(f"{where} was begun {differs}; give a new name")
+    def changed(self) -> ValueError | None:
+        """What to say when cells that are there were made with another checkpoint."""
+        made = {self.sweep.done[cell.number]["checkpoint"] for cell in self.cells if cell.number in self.sweep.done}
+        if made <= {self.identity}:
+            return None
+        differs = "with another checkpoint, other defaults or another dtype than now"
+        return ValueError(f"output {str(self.sweep.folder.path)!r} was begun {differs}; give a new name")
 
     def fitting_batch(self) -> Batch:
         """The batch that was asked for, or the automatic one. Raises ValueError for pictures that cannot fit."""

@@ -327,6 +327,16 @@ def test_another_checkpoint_under_the_same_name_is_refused(tmp_path, folder, cap
     assert "was begun with another checkpoint, other defaults or another dtype" in capsys.readouterr().err
 
 
+def test_a_changed_checkpoint_among_several_is_refused(tmp_path, folder, capsys):
+    given = ["a tiger", "--layout", LAYOUT, *FAST, "--k-min", "0.2", "--weights", folder, weights.TINY]
+    given += ["-o", tmp_path / "grid"]
+    assert sweep(*given) == 0
+    before = index(tmp_path / "grid")
+    change_tensors(folder, "vae", lambda state: state.update({"post_quant_conv.bias": torch.ones(4)}))
+    assert sweep(*given) == 2
+    assert "was begun with another checkpoint" in capsys.readouterr().err and index(tmp_path / "grid") == before
+
+
 def test_other_defaults_are_another_checkpoint_where_they_count(tmp_path, folder, capsys):
     """nu of magicmix.json, which one sweep takes and the other has itself; and another dtype."""
     given = ["a tiger", "--layout", LAYOUT, *FAST, "--k-min", "0.2", "--weights", folder]
