@@ -15,6 +15,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from command import machine, pictures
+from lab.sheets import DOCS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -52,13 +53,19 @@ def go_to(tab: Page, k: int) -> None:
         tab.click("#next")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str, output: Path, height: int) -> argparse.ArgumentParser:
+    """The options of a screenshot, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[2] / "docs" / "explain.png")
-    parser.add_argument("--k", type=int, default=18)
+    parser.add_argument("--output", type=Path, default=output)
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=1190)
+    parser.add_argument("--height", type=int, default=height)
+    return parser
+
+
+def main() -> int:
+    parser = parser_of(__doc__, DOCS / "explain.png", 1190)
+    parser.add_argument("--k", type=int, default=18)
     args = parser.parse_args()
 
     def work() -> None:

@@ -56,9 +56,14 @@ class Mix:
     seed: int = 0
 
     @property
+    def given(self) -> dict:
+        """How it is mixed, as magicmix() takes it."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    @property
     def options(self) -> Options:
-        """How it is mixed; in it, K_max and K_min."""
-        return Options(**{name: getattr(self, name) for name in OPTIONS})
+        """The same; in it, K_max and K_min."""
+        return Options(**self.given)
 
 
 @dataclass(frozen=True, kw_only=True)

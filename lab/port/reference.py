@@ -17,7 +17,7 @@ import magicmix as program
 import unet
 from command import pictures
 from command.options import Options
-from lab.port.cases import FRACTIONS, NOISE, OPTIONS, PROMPTS, QUIET, SAMPLED, STEPS, WEIGHTED, Mix, Model
+from lab.port.cases import FRACTIONS, NOISE, PROMPTS, QUIET, SAMPLED, STEPS, WEIGHTED, Mix, Model
 from scheduler import Schedule
 from weights import Checkpoint
 
@@ -184,8 +184,7 @@ def run(models: Checkpoint, model: Model, mix: Mix, inputs: dict[str, Tensor]) -
     """A whole mix from prompt, layout and eps."""
     layout = mix.layout_prompt or Image.fromarray(inputs["layout/picture"].numpy())
     eps = inputs[f"{model.name}/loop/eps/{mix.seed}"]
-    mixing = {name: getattr(mix, name) for name in OPTIONS}
-    return list(program.magicmix(models, mix.prompt, layout, noise=lambda: eps, size=model.size, **mixing))
+    return list(program.magicmix(models, mix.prompt, layout, noise=lambda: eps, size=model.size, **mix.given))
 
 
 def loops(models: Checkpoint, model: Model, inputs: dict[str, Tensor]) -> Named:

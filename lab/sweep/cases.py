@@ -10,7 +10,6 @@ gzipped file with a line per case, rewritten whole after each case:
 """
 
 import contextlib
-import fcntl
 import gzip
 import json
 import os
@@ -32,7 +31,7 @@ from command import machine, options, pictures, request
 from lab.audit.scene import Scene
 from lab.audit.variants import DEPARTURES, PROGRAMS
 from lab.sheets import LAYOUTS, PROMPTS, layout_path
-from lab.sweep import plan
+from lab.sweep import folder, plan
 from lab.sweep.grid import Cell, of
 from lab.sweep.run import Batch, Failed, Walk
 from lab.sweep.scores import JudgeEncoder, Numbers, as_saved, measure
@@ -215,19 +214,14 @@ def open_store(path: Path, design: Design | None = None) -> Store:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Keeps other runs away from a folder, and removes what a killed one left half written. Raises ValueError where
     another run is at work, OSError."""
-    folder.mkdir(exist_ok=True)
-    opened = os.open(folder, os.O_RDONLY)
+    path.mkdir(exist_ok=True)
+    opened = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            where = f"folder {str(folder)!r}"
-            raise ValueError(f"{where} is being written by another run; wait for it, or end it") from None
-        for half in folder.glob(".magicmix-*.tmp"):
-            half.unlink(missing_ok=True)
+        folder.lock(opened, f"folder {str(path)!r}", "run")
+        folder.remove_halves(path)
         yield
     finally:
         os.close(opened)

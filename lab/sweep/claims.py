@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -29,21 +28,21 @@ from command import options
 from lab.bench import page
 from lab.sheets import DOCS
 from lab.sweep import cases
-from lab.sweep.cases import CONTENTS, Design, Point, Store
+from lab.sweep.cases import ALONE, CONTENTS, LAYOUT, Design, Point, Store
 from lab.sweep.paper import (
     ANCHORS,
     CLAIMS,
     Claim,
     check_judge,
-    contents,
     crossed,
     drawn,
     each,
     gains,
     left_out,
     mixed_share,
+    names_are,
 )
-from lab.sweep.scores import JudgeEncoder, as_saved, measure, scores
+from lab.sweep.scores import as_saved, measure, scores
 from lab.sweep.verdict import HOLDS, Panel, Result, draw, shown, table
 from magicmix import text_to_image
 
@@ -72,12 +71,11 @@ def section(number: int, result: Result) -> str:
 
 def judge_section(store: Store) -> str:
     """What the judge makes of pure layouts and pure contents, in Markdown."""
-    design, grid, names = store.design, crossed(store.design), JudgeEncoder().names
+    design, grid = store.design, crossed(store.design)
     layout, alone = (store.numbers(grid, [anchor], design.seeds) for anchor in ANCHORS)
-    own = np.asarray([names.index(prompt.split()[-1]) for prompt in contents(design)])
-    own_layouts = np.asarray([names.index(prompt.split()[-1]) for prompt in drawn(design)])
-    named = alone.named[0, :, :, 0] == own[:, None]  # (contents, seeds)
-    named_layouts = layout.named[-len(own_layouts) :, 0, 0, 0] == own_layouts
+    named = names_are(store, grid[0], ALONE, design.seeds, [case.prompt for case in grid[0]])  # (contents, seeds)
+    of_drawn = [row[0] for row in crossed(design, of=drawn(design))]
+    named_layouts = names_are(store, of_drawn, LAYOUT, 1, drawn(design))
     gaps = {"A(layout) - A(content alone)": layout.A - alone.A, "B(content alone) - B(layout)": alone.B - layout.B}
     rows = {"A of the content alone": alone.A, "B of the content alone": alone.B, "B of the layout": layout.B, **gaps}
     lines = [
@@ -222,7 +220,7 @@ def claims(asked: argparse.Namespace) -> None:
     if asked.plan:
         return machine.show(plan_lines(cases.open_store(path, design), asked.only, asked.processes))
     if not asked.plots:
-        with cases.lock(folder):
+        with cases.locked(folder):
             make(cases.open_store(path, design), asked.only, asked.processes, asked.quiet)
     machine.show(write(asked.page, cases.open_store(path), asked.only))
     print(asked.page)

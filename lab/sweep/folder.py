@@ -115,19 +115,29 @@ def open_folder(path: str | Path, grid: Grid, digests: dict[str, str]) -> Folder
     pictures.check_writable(sign if path.exists() else path, "output")
     path.mkdir(exist_ok=True)
     folder = Folder(path, grid, (path / ".lock").open("a"))
-    try:
-        fcntl.flock(folder.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"output {str(path)!r} is being written by another sweep; wait for it, or end it") from None
+    lock(folder.lock, f"output {str(path)!r}", "sweep")
     if sign.exists():
         check_same(sign, this)
     else:
         pictures.replace(sign, "output", lambda file: file.write(json.dumps(this, indent=1).encode()))
     for below in ("pictures", "parts", "sheets"):
         (path / below).mkdir(exist_ok=True)
-    for half in [*path.glob(".magicmix-*.tmp"), *path.glob("*/.magicmix-*.tmp")]:  # what a kill cut off
-        half.unlink(missing_ok=True)
+    remove_halves(path)
     return folder
+
+
+def lock(opened: TextIO | int, where: str, other: str) -> None:
+    """Keeps others away from what is open, while it is. Raises ValueError where another, called so, is at work."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{where} is being written by another {other}; wait for it, or end it") from None
+
+
+def remove_halves(path: Path) -> None:
+    """Removes what a kill left half written, in a locked folder and those in it."""
+    for half in [*path.glob(".magicmix-*.tmp"), *path.glob("*/.magicmix-*.tmp")]:
+        half.unlink(missing_ok=True)
 
 
 def check_same(sign: Path, this: dict) -> None:

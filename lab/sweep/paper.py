@@ -6,7 +6,7 @@ are NaN.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from lab.sweep.verdict import Condition, Panel, Result, Scatter, Verdict, curve,
 
 MIXED = 0.25  # of min(a, b): a picture that holds at least a quarter of both
 NAMED, LEFT_OUT = 0.8, 0.25  # the judge must name so many contents alone, and so many scores may be missing at most
+REMOVED = Point(s=-1.0)
 
 # ---------------------------------------------------------------------------------------------------- what is compared
 
@@ -73,6 +74,22 @@ NU = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 FEW = [Point(k_max=k, k_min=k) for k in (0.06, 0.15, 0.6)]
 WORDS = (-1.0, 0.0, 0.5, 1.0, 2.0)
 WORDS_MIXED = (-1.0, 0.0, 1.0, 2.0)
+
+
+@cache
+def judge() -> JudgeEncoder:
+    return JudgeEncoder()
+
+
+def names_are(store: Store, cases: Sequence[Case], point: Point, seeds: int, texts: Sequence[str]) -> np.ndarray:
+    """Which pictures (cases, seeds) the judge names as the case's text does, such as "a tiger"."""
+    own = [judge().names.index(judge().concept(text)) for text in texts]
+    return store.numbers(cases, [point], seeds).named[..., 0] == np.asarray(own)[:, None]
+
+
+def is_mixed(both: np.ndarray) -> np.ndarray:
+    """min(a, b) -> whether it is a mixture's, 0 or 1; NaN where there is none."""
+    return np.where(np.isnan(both), np.nan, both >= MIXED)
 
 
 def score(store: Store, cases: Sequence, points: Sequence[Point], seeds: int) -> Scores:
@@ -206,9 +223,9 @@ def best_nu(data: np.ndarray) -> np.ndarray:
 
 
 def result_4(store: Store) -> Result:
-    design, judge = store.design, JudgeEncoder()
+    design = store.design
     both = score(store, crossed(design, of=drawn(design)), NUS, design.seeds).both
-    alike = (judge.texts(drawn(design)) @ judge.texts(contents(design)).T).double().numpy()  # (layouts, contents)
+    alike = (judge().texts(drawn(design)) @ judge().texts(contents(design)).T).double().numpy()  # (layouts, contents)
     data = np.concatenate([both, np.broadcast_to(alike[..., None, None], (*both.shape[:3], 1))], axis=-1)
 
     def rank(data: np.ndarray) -> float:
@@ -267,8 +284,7 @@ def result_6(store: Store) -> Result:
     ]  # fmt: skip
     panels = [Scatter("overlap of layout and content alone", "min(a, b) at the best nu", shape.ravel(), best.ravel())]
     verdict = Verdict("Concepts without shared shape cannot be mixed", conditions)
-    mixed = np.where(np.isnan(best), np.nan, best >= MIXED)
-    return Result([verdict], panels, left_out(both), [f"Of all pairs {mean(mixed, 2):.0%} are mixed."])
+    return Result([verdict], panels, left_out(both), [f"Of all pairs {mean(is_mixed(best), 2):.0%} are mixed."])
 
 
 def plain(design: Design) -> list[Case]:
@@ -374,7 +390,7 @@ def needs_9(design: Design) -> Needs:
         each(known_styles(design), [ALONE]),
         each(crossed(design), [*ANCHORS, Point()]),
         each(breeds(design), [*ANCHORS, Point()]),
-        each(removed(design), [*ANCHORS, Point(), Point(s=-1.0)]),
+        each(removed(design), [*ANCHORS, Point(), REMOVED]),
     ])  # fmt: skip
 
 
@@ -396,9 +412,7 @@ def accuracy(known: np.ndarray) -> float:
 
 def named_as_layout(store: Store, cases: Sequence[Case], point: Point, seeds: int) -> np.ndarray:
     """Which pictures (cases, seeds) the judge names as the layout, 0 or 1."""
-    names = JudgeEncoder().names
-    named = store.numbers(cases, [point], seeds).named[..., 0]
-    return (named == np.asarray([names.index(case.layout.split()[-1]) for case in cases])[:, None]).astype(float)
+    return names_are(store, cases, point, seeds, [case.layout for case in cases]).astype(float)
 
 
 def check_layouts(store: Store) -> str:
@@ -436,18 +450,17 @@ def style_transfer(store: Store) -> Result:
 def mixing(store: Store, use: str, cases: Sequence[Case], seeds: int) -> Result:
     """Novel objects or breeds."""
     both = score(store, cases, [Point()], seeds).both
-    is_mixed = by_pair(cases, np.where(np.isnan(both), np.nan, both >= MIXED)[..., 0])
-    found = scalar(partial(mean, axes=3), is_mixed, 3)
+    found = scalar(partial(mean, axes=3), by_pair(cases, is_mixed(both)[..., 0]), 3)
     condition = Condition("share with min(a, b) of 0.25 or more", found, 0.5, True)
     return Result([Verdict(use, [condition], check_judge(store, cases))], [], "", [f"{use}: {left_out(both)}"])
 
 
 def removal(store: Store) -> Result:
-    grid, seeds, without = removed(store.design), store.design.fewer, Point(s=-1.0)
-    still, before = (named_as_layout(store, grid, point, seeds) for point in (without, Point()))
+    grid, seeds = removed(store.design), store.design.fewer
+    still, before = (named_as_layout(store, grid, point, seeds) for point in (REMOVED, Point()))
     conditions = [
         Condition("share still named so at s = -1", scalar(partial(mean, axes=2), still, 2), 0.25, False),
-        Condition("low, the coarse layout", scalar(partial(mean, axes=2), low(store, grid, without), 2), 0.5, True),
+        Condition("low, the coarse layout", scalar(partial(mean, axes=2), low(store, grid, REMOVED), 2), 0.5, True),
     ]
     notes = [
         f"At s = 1 the judge names {before.mean():.0%} of the mixes of a layout with its own name so. The name's own "
@@ -482,9 +495,10 @@ def needs_10(design: Design) -> Needs:
 
 def result_10(store: Store) -> Result:
     design, grid = store.design, some(store.design)
-    theirs = score(store, grid, LOOPS, design.fewer)
-    ours = score(store, grid, [Point(nu=point.nu) for point in LOOPS], design.fewer)
-    less = by_pair(grid, ours.both - theirs.both)  # (layouts, contents, seeds, loops)
+    found = [score(store, grid, points, design.fewer) for points in (LOOPS, [Point(nu=point.nu) for point in LOOPS])]
+    out = left_out(found[0].both)
+    theirs, ours = (Scores(*(by_pair(grid, x) for x in of)) for of in found)  # (layouts, contents, seeds, loops)
+    less = ours.both - theirs.both
     verdicts = []
     for i, point in enumerate(LOOPS):
         if point.nu == 0.7:
@@ -495,14 +509,13 @@ def result_10(store: Store) -> Result:
     names = [point.loop for point in LOOPS[3:]]
     panels = [
         Panel("nu", [point.nu for point in LOOPS[:3]], {
-            "min(a, b), this project": curve(by_pair(grid, ours.both[..., :3]), 3),
-            "min(a, b), unmixed carried": curve(by_pair(grid, theirs.both[..., :3]), 3),
-            "a, this project": curve(by_pair(grid, ours.a[..., :3]), 3),
-            "a, unmixed carried": curve(by_pair(grid, theirs.a[..., :3]), 3)}),
+            "min(a, b), this project": curve(ours.both[..., :3], 3),
+            "min(a, b), unmixed carried": curve(theirs.both[..., :3], 3),
+            "a, this project": curve(ours.a[..., :3], 3), "a, unmixed carried": curve(theirs.a[..., :3], 3)}),
         Panel("loop, less this project's", names, {
-            "min(a, b)": curve(-less[..., 3:], 3), "a": curve(by_pair(grid, (theirs.a - ours.a)[..., 3:]), 3)}),
+            "min(a, b)": curve(-less[..., 3:], 3), "a": curve((theirs.a - ours.a)[..., 3:], 3)}),
     ]  # fmt: skip
-    return Result(verdicts, panels, left_out(theirs.both))
+    return Result(verdicts, panels, out)
 
 
 # -------------------------------------------------------------------------------------------------------- the defaults
@@ -519,8 +532,7 @@ def gains(store: Store) -> dict[Point, Condition]:
 
 def mixed_share(store: Store, point: Point) -> float:
     """The share of pictures that hold at least a quarter of both."""
-    both = score(store, crossed(store.design), [point], store.design.seeds).both
-    return float(mean(np.where(np.isnan(both), np.nan, both >= MIXED), 4))
+    return float(mean(is_mixed(score(store, crossed(store.design), [point], store.design.seeds).both), 4))
 
 
 # ------------------------------------------------------------------------------------------------------------- claims
@@ -550,10 +562,10 @@ class Claim:
 
 def check_judge(store: Store, cases: Sequence) -> str:
     """What keeps the judge's scores of these cases from telling anything; "" where nothing does."""
-    names, named, out = JudgeEncoder().names, [], []
+    named, out = [], []
     for case in flat(cases):
         alone = store.numbers(case, [ALONE], case.seeds)
-        named += list(alone.named[:, 0] == names.index(case.concept))
+        named += list(alone.named[:, 0] == judge().names.index(case.concept))
         if case.kind != "plain":
             layout = store.numbers(case, [LAYOUT], case.seeds)
             out += list(np.isnan(scores(alone, layout, alone).a[:, 0]))

@@ -3,21 +3,15 @@
 python -m lab.sweep.screenshot sweep/page.html [--output docs/sweep.png] [--width 1280] [--height 1300]
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 from command import machine
-from lab.explain.screenshot import opened, write
+from lab.explain.screenshot import opened, parser_of, write
+from lab.sheets import DOCS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[2] / "docs" / "sweep.png")
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=1300)
-    args = parser.parse_args()
+    args = parser_of(__doc__, DOCS / "sweep.png", 1300).parse_args()
 
     def work() -> None:
         with opened(args.page, (args.width, args.height)) as tab:

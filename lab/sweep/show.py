@@ -61,7 +61,7 @@ def write_sheets(folder: Folder, lines: list[dict]) -> list[str]:
     names = sheet_names(pairs)
     for pair in pairs:
         counts = [len(varied[axis]) for axis in pair]
-        rows, columns = counts if len(pair) == 2 else [math.ceil(math.sqrt(math.prod(counts)))] * 2
+        rows, columns = counts if len(pair) == 2 else [math.ceil(math.sqrt(counts[0]))] * 2
         if max(rows, columns) > WIDEST // SMALLEST:
             told.append(f"sheet of {' and '.join(pair)}: {rows:,} x {columns:,} pictures are too many; left out")
             continue

@@ -29,11 +29,9 @@ from command.sheet import contact_sheet
 from lab.sweep import cases
 from lab.sweep.cases import ALONE, ANIMALS, STYLES, Case, Point, Store, Studio
 from lab.sweep.claims import PAGE
-from lab.sweep.paper import CLAIMS, crossed, known_styles, nearest, removed, score, styled
-from lab.sweep.scores import JudgeEncoder
+from lab.sweep.paper import CLAIMS, REMOVED, crossed, judge, known_styles, nearest, removed, score, styled
 
 COLUMNS = 6
-MIXED, REMOVED = Point(), Point(s=-1.0)
 
 
 class Use(NamedTuple):
@@ -53,26 +51,26 @@ class Use(NamedTuple):
 
 def uses(store: Store) -> Iterator[list[Use]]:
     """The four uses in the order of the page, at most COLUMNS mixtures of each."""
-    design, names = store.design, JudgeEncoder().names
+    design = store.design
 
     def named(case: Case, point: Point) -> str:
-        return names[int(store.numbers(case, [point], 1).named[0, 0])]
+        return judge().names[int(store.numbers(case, [point], 1).named[0, 0])]
 
     def shares(case: Case) -> str:
-        found = score(store, case, [MIXED], 1)
+        found = score(store, case, [Point()], 1)
         return f"a {found.a[0, 0]:.2f}, b {found.b[0, 0]:.2f}"
 
     known = store.vectors(known_styles(design), ALONE)  # (layouts, styles, seeds, D)
-    style = nearest(store.vectors(styled(design), MIXED), known)[..., 0]  # (layouts, styles)
+    style = nearest(store.vectors(styled(design), Point()), known)[..., 0]  # (layouts, styles)
     transfers = [(row[i % len(STYLES)], STYLES[style[i, i % len(STYLES)]]) for i, row in enumerate(styled(design))]
-    yield [Use(case, MIXED, f"{found}, {named(case, MIXED)}") for case, found in transfers[:COLUMNS]]
+    yield [Use(case, Point(), f"{found}, {named(case, Point())}") for case, found in transfers[:COLUMNS]]
 
     novel = [row[i] for i, row in enumerate(crossed(design)[: min(COLUMNS, design.contents)])]
-    yield [Use(case, MIXED, shares(case)) for case in novel]
+    yield [Use(case, Point(), shares(case)) for case in novel]
 
     animals = ANIMALS[: min(COLUMNS, design.animals)]
     bred = [Case("mix", one, other, design.fewer) for one, other in zip(animals, [*animals[1:], animals[0]])]
-    yield [Use(case, MIXED, shares(case)) for case in bred]
+    yield [Use(case, Point(), shares(case)) for case in bred]
 
     low = [store.numbers(case, [REMOVED], 1).low[0, 0] for case in removed(design)[:COLUMNS]]
     yield [Use(case, REMOVED, f"{named(case, REMOVED)}, low {x:.2f}") for case, x in zip(removed(design), low)]
@@ -83,6 +81,7 @@ def sheet(store: Store) -> Image.Image:
     """The pictures, the same that were measured. Raises ValueError where numbers are missing."""
     if left := store.missing(CLAIMS[8].needs(store.design)):
         raise ValueError(f"claim 9 lacks {len(left):,} cases; run lab.sweep.claims --only 9 first")
+    torch.set_num_threads(1)  # as lab.sweep.claims has them; more would round otherwise
     studio, shown, captions = Studio(store.design), [], []
     for row in uses(store):
         blank = COLUMNS - len(row)

@@ -47,10 +47,7 @@ class Verdict(NamedTuple):
 
     @property
     def word(self) -> str:
-        found = [condition.verdict for condition in self.conditions]
-        if self.check:
-            return OPEN
-        return FAILS if FAILS in found else OPEN if OPEN in found else HOLDS
+        return OPEN if self.check else self.deciding.verdict
 
     @property
     def deciding(self) -> Condition:

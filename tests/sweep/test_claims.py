@@ -537,7 +537,7 @@ def test_one_run_at_a_time(tmp_path, capsys):
     (tmp_path / "claims").mkdir()
     half, other = tmp_path / "claims" / ".magicmix-0.tmp", tmp_path / "claims" / "other.svg"
     half.touch(), other.touch()
-    with cases.lock(tmp_path / "claims"):
+    with cases.locked(tmp_path / "claims"):
         assert other.exists() and not half.exists()
         assert main(["--small", "--page", str(page), "-q"]) == 2
         assert "is being written by another run" in capsys.readouterr().err
@@ -545,7 +545,7 @@ def test_one_run_at_a_time(tmp_path, capsys):
             Case("plain", "", "a tiger", 1), {"seconds": 1, "calls": 1, "points": {}}
         )
         assert main(["--page", str(page), "--plots"]) == 0
-    with cases.lock(tmp_path / "claims"):
+    with cases.locked(tmp_path / "claims"):
         pass
 
 
